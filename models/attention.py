@@ -1,0 +1,100 @@
+"""Causal self-attention with grouped queries, rotary positions, and norm sites on query, key and output."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.plan import NormPlan
+
+
+def rotary_table(length: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, fp32 [length, head_width]; both halves of the last axis hold the same angles."""
+    frequencies = theta ** -(torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE (arXiv 2104.09864) on x [batch, heads, length, head width], pairing features i and i + half, as
+    transformers' LLaMA does, so that converted weights keep their order. fp32 inside."""
+    cosine, sine = table
+    x1, x2 = x.chunk(2, dim=-1)
+    return (x * cosine + torch.cat((-x2, x1), dim=-1) * sine).to(x.dtype)
+
+
+@lru_cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+def document_mask(documents: Tensor | None) -> Any:
+    """What ``attend`` needs to keep attention within a document, made once a forward and shared by all blocks.
+
+    ``documents`` is int [batch, length], the running number of each token's document. FlexAttention's block mask on
+    a GPU; on the CPU, where FlexAttention has no backward, a boolean mask [batch, 1, length, length].
+    """
+    if documents is None:
+        return None
+    batch, length = documents.shape
+    if documents.device.type == "cuda":
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) & (documents[b, q] == documents[b, k])
+
+        return _compiled_flex()[1](visible, batch, None, length, length, device=documents.device)
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same & torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+    """Causal attention of q [batch, heads, length, head width] over k, v [batch, kv heads, length, head width]."""
+    grouped = q.shape[1] != k.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return _compiled_flex()[0](q, k, v, block_mask=mask, enable_gqa=grouped)
+
+
+class Attention(nn.Module):
+    """``Wo . attn_mid(attention(query(Wq a), key(Wk a), Wv a))`` for a [batch, length, width]."""
+
+    def __init__(self, config: ModelConfig, plan: NormPlan) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.per_head = plan.qk_scope == "head"
+        kv_width = config.key_value_heads * config.head_width
+        self.q = nn.Linear(config.width, config.width, bias=config.bias)
+        self.k = nn.Linear(config.width, kv_width, bias=config.bias)
+        self.v = nn.Linear(config.width, kv_width, bias=config.bias)
+        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        self.query = plan.build("query", self.head_width if self.per_head else config.width, config)
+        self.key = plan.build("key", self.head_width if self.per_head else kv_width, config)
+        self.attn_mid = plan.build("attn_mid", config.width, config)
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """[batch, length, features] -> [batch, heads, length, head width], through the norm."""
+        if norm is not None and not self.per_head:
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_width))
+        if norm is not None and self.per_head:
+            x = norm(x)
+        return x.transpose(1, 2)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
+        q, k, v = self._heads(self.q(x), self.query), self._heads(self.k(x), self.key), self._heads(self.v(x), None)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        y = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
+        if self.attn_mid is not None:
+            y = self.attn_mid(y)
+        return self.out(y)

@@ -1,0 +1,127 @@
+"""The functions that can stand at a norm site, one short class each, and the registry that names them.
+
+To add one, write a class with ``__init__(self, features, *, eps, **settings)``, declare its parameters' roles, and
+decorate it with its name; every plan, override and tool can then use it. Whatever the dtype of the input, the
+arithmetic and the parameters are fp32, and the output has the dtype of the input.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.errors import ConfigError, nearest
+from models.roles import Role
+
+NORMS: dict[str, type[nn.Module]] = {}
+
+
+def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    def add(cls: type[nn.Module]) -> type[nn.Module]:
+        assert name not in NORMS, f"norm {name!r} is registered twice"
+        NORMS[name] = cls
+        return cls
+
+    return add
+
+
+def build_norm(name: str, features: int, settings: Mapping[str, Any], site: str) -> nn.Module:
+    """The function ``name`` over the last axis of size ``features``; ``site`` is named in errors."""
+    if name not in NORMS:
+        raise ConfigError(f"model.sites.{site}: no function is called {name!r}; {nearest(name, NORMS)}")
+    accepted = [p for p in inspect.signature(NORMS[name]).parameters if p != "features"]
+    for key in settings:
+        if key not in accepted:
+            raise ConfigError(f"model.sites.{site}: {name} has no setting {key!r}; {nearest(key, accepted)}")
+    return NORMS[name](features, **settings)
+
+
+def _fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@register("rmsnorm")
+class RMSNorm(nn.Module):
+    """``gain * x / sqrt(mean(x^2) + eps)`` (arXiv 1910.07467)."""
+
+    roles: ClassVar[dict[str, Role]] = {"weight": "gain"}
+
+    def __init__(self, features: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(_fp32(x), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+@register("layernorm")
+class LayerNorm(nn.Module):
+    """``gain * (x - mean) / sqrt(var + eps) + shift`` (arXiv 1607.06450); without the shift by default."""
+
+    roles: ClassVar[dict[str, Role]] = {"weight": "gain", "bias": "shift"}
+
+    def __init__(self, features: int, *, eps: float, bias: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(_fp32(x), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+@register("l2norm")
+class L2Norm(nn.Module):
+    """``x / max(|x|, eps)``: unit length, no parameters (as nGPT's query and key normalization)."""
+
+    def __init__(self, features: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(_fp32(x), dim=-1, eps=self.eps).to(x.dtype)
+
+
+@register("dyt")
+class DyT(nn.Module):
+    """``gain * tanh(alpha * x) (+ beta)`` (arXiv 2503.10622). The paper's LLaMA has no beta.
+
+    alpha is one learnable scalar of shape (1,): FSDP2 rejects 0-d parameters. In fp32 autograd's ``1 - tanh^2``
+    comes from an unrounded tanh; from a bf16 one it would be exactly 0 wherever ``|alpha * x| > 3.47``.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {"weight": "gain", "bias": "shift", "alpha": "alpha"}
+
+    def __init__(self, features: int, *, eps: float, beta: bool = False) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1))
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features)) if beta else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.weight * torch.tanh(self.alpha * _fp32(x))
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+@register("derf")
+class Derf(nn.Module):
+    """``gain * erf(alpha * x + shift) (+ beta)`` with a scalar shift, initially 0 (arXiv 2512.10938)."""
+
+    roles: ClassVar[dict[str, Role]] = {"weight": "gain", "bias": "shift", "alpha": "alpha", "shift": "shift"}
+
+    def __init__(self, features: int, *, eps: float, beta: bool = True) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1))
+        self.shift = nn.Parameter(torch.zeros(1))
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features)) if beta else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.weight * torch.erf(self.alpha * _fp32(x) + self.shift)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)

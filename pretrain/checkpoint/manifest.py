@@ -1,0 +1,89 @@
+"""The manifest: what a committed checkpoint consists of, to the byte."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from models.errors import ConfigError
+
+MANIFEST = "manifest.json"
+
+
+class Damaged(ConfigError):
+    """A checkpoint's files are not the ones that were committed."""
+
+    @classmethod
+    def by(cls, path: Path, problem: str) -> Damaged:
+        return cls(f"checkpoint {path} is damaged: {problem}")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hexadecimal) of a file."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        with path.open("rb") as file:
+            return cls(os.fstat(file.fileno()).st_size, sha256(file))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``files``: every file of the checkpoint but the manifest itself, by name."""
+
+    step: int
+    world_size: int
+    files: dict[str, FileRecord]
+
+    def to_json(self) -> str:
+        """Carries a checksum of itself, so that a damaged manifest never sends the search for damage elsewhere."""
+        body = asdict(self)
+        return json.dumps({**body, "sha256": _digest(body)}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises Damaged, OSError."""
+        path = folder / MANIFEST
+        try:
+            body = json.loads(path.read_bytes())
+            expected = body.pop("sha256")
+        except FileNotFoundError:
+            raise Damaged.by(folder, f"{MANIFEST} is missing") from None
+        except (ValueError, KeyError, AttributeError, TypeError):  # not JSON, not UTF-8, not an object, not ours
+            raise Damaged.by(folder, f"{MANIFEST} is not a manifest") from None
+        if _digest(body) != expected:
+            raise Damaged.by(folder, f"{MANIFEST} does not match its own checksum")
+        return cls(**(body | {"files": {name: FileRecord(**record) for name, record in body["files"].items()}}))
+
+
+def check_file(folder: Path, name: str, record: FileRecord, file: BinaryIO) -> None:
+    """Raises Damaged unless the open file ``name`` of ``folder`` is the one recorded."""
+    size = os.fstat(file.fileno()).st_size
+    if size != record.bytes:
+        raise Damaged.by(folder, f"{name} has {size} bytes, {record.bytes} were written")
+    try:
+        digest = sha256(file)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise Damaged.by(folder, f"{name} cannot be read: {error.strerror}") from error
+    if digest != record.sha256:
+        raise Damaged.by(folder, f"{name} does not match its checksum")
+
+
+def sha256(file: BinaryIO) -> str:
+    readable = cast(Any, file)  # file_digest asks for readinto, which files have and typing.BinaryIO lacks
+    return hashlib.file_digest(readable, "sha256").hexdigest()
+
+
+def _digest(body: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,144 @@
+"""RunConfig: a whole run in one typed tree. Reading YAML and the command line into it is cli.py's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.config import ModelConfig, setting
+from models.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Training straight from a Hugging Face dataset, without preparation (data.source: stream)."""
+
+    dataset: str | None = setting(None, "a dataset's name on the hub, or a folder or file of text, JSONL or Parquet")
+    subset: str | None = setting(None, "the dataset's configuration name")
+    split: str = setting("train", "the split to train on")
+    validation_split: str | None = setting(None, "the split to validate on; null: no validation")
+    validation_documents: int = setting(200, "documents of it to use", unit="documents")
+    text_key: str = setting("text", "the column with the text")
+    tokenizer: str | None = setting(None, "a sentencepiece model file")
+    lanes: int = setting(
+        64, "documents are dealt to this many token streams in turn; at least the number of ranks", unit="streams"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal["prepared", "stream"] = setting(
+        "prepared", "prepared: a folder made by tools.prepare; stream: a Hugging Face dataset as it is"
+    )
+    path: str = setting("data/austen", "the prepared folder")
+    sequence_length: int = setting(256, "tokens that the model sees at once", unit="tokens")
+    document_mask: bool = setting(False, "attention stays within a document; the first token of one is no target")
+    prefetch: int = setting(4, "batches made ahead of the step by a background thread", unit="batches")
+    verify: bool = setting(True, "checksum every shard before the first step")
+    stream: StreamConfig = setting(StreamConfig, "for source stream")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int | None = setting(None, "length of the run; or give tokens", unit="steps")
+    tokens: int | None = setting(None, "length of the run; rounded up to whole steps", unit="tokens")
+    batch_tokens: int = setting(8192, "tokens of one optimizer step, over all ranks", unit="tokens")
+    micro_batch: int | None = setting(
+        None, "sequences a rank passes forward at once; null: its whole share", unit="sequences"
+    )
+    clip: float | None = setting(1.0, "largest global gradient norm; null: none")
+    z_loss: float = setting(0.0, "coefficient of the mean squared log-partition function (PaLM: 1e-4)")
+    loss_chunk: int = setting(2048, "tokens whose logits exist at once", unit="tokens")
+    compile: bool = setting(False, "torch.compile every block")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["msgdw", "adamw"] = setting("msgdw", "momentum SGD with decoupled weight decay, or AdamW")
+    lr: float = setting(0.2, "peak learning rate")
+    weight_decay: float = setting(0.0, "decoupled, multiplied by the scheduled learning rate")
+    decay_roles: list[str] | None = setting(
+        None, "the roles that decay; null: matrix, embedding and head, those that exist"
+    )
+    lr_factors: dict[str, float] = setting(dict, "role: factor on the learning rate, e.g. {alpha: 0.1}")
+    momentum: float = setting(0.9, "mSGDW: share of the last update that stays")
+    dampening: float = setting(0.0, "mSGDW: the gradient enters the momentum times 1 - dampening")
+    nesterov: bool = setting(False, "mSGDW: Nesterov's variant")
+    momentum_dtype: Literal["fp32", "bf16"] = setting("fp32", "mSGDW: storage of the momentum")
+    beta1: float = setting(0.9, "AdamW: decay of the first moment")
+    beta2: float = setting(0.95, "AdamW: decay of the second moment")
+    eps: float = setting(1e-8, "AdamW: added to the denominator")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: Literal["cosine", "linear", "wsd", "constant"] = setting(
+        "cosine", "after the warmup; wsd: constant, then a linear decay"
+    )
+    warmup_steps: int = setting(0, "from zero to the peak", unit="steps")
+    warmup: Literal["linear", "quadratic"] = setting("linear", "quadratic: 1 - (1 - t)^2, as in fms-fsdp")
+    final_fraction: float = setting(0.1, "last learning rate as a fraction of the peak")
+    decay_fraction: float = setting(0.2, "wsd: share of the steps that decay")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    engine: Literal["fsdp"] = setting("fsdp", "what shards the model; one process is not sharded")
+    shard: Literal["full", "grad_op"] = setting(
+        "full", "full: parameters are gathered for the forward and again for the backward; grad_op: once"
+    )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    compute: Literal["fp32", "bf16"] = setting(
+        "fp32", "of matrix products; weights, gains, alphas, reductions and optimizer state stay fp32"
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = setting(0, "0: only at the end", unit="steps")
+    keep: int = setting(2, "how many of the newest stay", unit="checkpoints")
+    keep_every: int | None = setting(None, "those of every such step stay for good", unit="steps")
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    every: int = setting(0, "0: only at the end", unit="steps")
+    sequences: int | None = setting(None, "how many of the validation split; null: all", unit="sequences")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = setting(10, "between two lines of metrics.jsonl", unit="steps")
+    tensorboard: bool = setting(True, "write the scalars for TensorBoard too")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = setting("run", "of the run's folder")
+    runs_dir: str = setting("runs", "where run folders are")
+    seed: int = setting(0, "of weights, data order and dropout")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one")
+    model: ModelConfig = setting(ModelConfig, "what is trained")
+    data: DataConfig = setting(DataConfig, "what it reads")
+    train: TrainConfig = setting(TrainConfig, "how long, and in what portions")
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "how weights move")
+    schedule: ScheduleConfig = setting(ScheduleConfig, "the learning rate over time")
+    parallel: ParallelConfig = setting(ParallelConfig, "how ranks share the work")
+    precision: PrecisionConfig = setting(PrecisionConfig, "number formats")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "what survives a stop")
+    validate: ValidateConfig = setting(ValidateConfig, "loss on held-out text")
+    log: LogConfig = setting(LogConfig, "what is written down")
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_length > self.model.context:
+            raise ConfigError(
+                f"data.sequence_length {self.data.sequence_length} is longer than model.context "
+                f"{self.model.context}: lower the first or raise the second"
+            )
+        if self.train.steps is None and self.train.tokens is None:
+            raise ConfigError("train.steps is missing: write how long to train, in train.steps or train.tokens")
+        if self.train.steps is not None and self.train.tokens is not None:
+            raise ConfigError("train.steps and train.tokens are both given: keep one")

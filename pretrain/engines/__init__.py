@@ -1,0 +1,14 @@
+"""Whatever holds the model stands behind one narrow protocol."""
+
+from pretrain.config import RunConfig
+from pretrain.distributed import World
+from pretrain.engines.fsdp import FSDPEngine
+from pretrain.engines.protocol import Engine
+
+
+def build_engine(config: RunConfig, world: World) -> Engine:
+    """The engine that ``parallel.engine`` names, its model initialized."""
+    return FSDPEngine(config, world)
+
+
+__all__ = ["Engine", "build_engine"]

@@ -1,0 +1,46 @@
+"""What the loop needs of whatever holds the model: five verbs. It cannot tell which engine answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.batch import Batch
+
+
+class Engine(Protocol):
+    """A model with its optimizer, spread over the ranks or not."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def accumulate(self, batch: Batch, targets: Tensor, last: bool) -> Tensor:
+        """Forward and backward of this rank's next micro-batch.
+
+        ``targets`` is the number of target tokens in the global batch, fp32 [] on the device: every target weighs the
+        same, however ranks and micro-batches divide them. ``last`` marks the step's last micro-batch. Returns this
+        rank's summed negative log-likelihood in nats, fp32 [] on the device, without a host synchronization.
+        """
+
+    def step(self, lr: float) -> Tensor:
+        """Clip by the global norm, update, forget the gradients. Returns the norm before clipping, fp32 []."""
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """This rank's summed negative log-likelihood in nats, fp32 [], without dropout or gradients. All ranks call
+        it equally often."""
+
+    def measure_alpha(self, batch: Batch, target: float) -> dict[str, float]:
+        """models.initialization.measure_alpha on ``batch``, the same on all ranks."""
+
+    def observe(self, batch: Batch, watch: Callable[[nn.Module], Any]) -> Any:
+        """One forward of ``batch`` without gradients inside the context manager that ``watch(model)`` makes; returns
+        what the manager yields."""
+
+    def tensors(self) -> dict[str, Any]:
+        """Weights and optimizer state under the model's own names, for torch.distributed.checkpoint, sharing storage
+        where it can. Loading into it and handing it to ``restore`` sets both."""
+
+    def restore(self, tensors: dict[str, Any]) -> None: ...

@@ -1,0 +1,253 @@
+"""The loop. Everything above ``run`` sets the table; ``run`` is the meal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import ConfigError, parameter_roles
+from pretrain.batch import make_batch
+from pretrain.checkpoint import Checkpointer, restore_rng_state, rng_state
+from pretrain.config import RunConfig
+from pretrain.control import StopRequest
+from pretrain.counts import derive_counts
+from pretrain.data import Loader, RankBatch, open_source
+from pretrain.distributed import World
+from pretrain.engines import build_engine
+from pretrain.evaluation import Evaluation, evaluate
+from pretrain.optimizers import describe, learning_rate_fraction
+from pretrain.run import RunFolder
+from pretrain.telemetry import MetricsWriter, Throughput, memory_gb, open_console, record_sites, scalars
+
+VOCABULARY_PADDING = 128  # a vocabulary may be rounded up to this multiple, as GPT-2's 50,257 is to 50,304
+
+
+class Outcome(Enum):
+    FINISHED = 0
+    DIVERGED = 3
+    STOPPED = 75
+
+
+class Diverged(Exception):
+    """The loss is no longer finite."""
+
+
+def resolve_vocabulary(config: RunConfig, pieces: int) -> RunConfig:
+    """``config`` with model.vocab_size, or a ConfigError where it does not fit the tokenizer's ``pieces``."""
+    size = pieces if config.model.vocab_size is None else config.model.vocab_size
+    largest = -(-pieces // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    if not pieces <= size <= largest:
+        relation = "smaller" if size < pieces else "larger"
+        raise ConfigError(
+            f"model.vocab_size {size} is {relation} than the tokenizer's {pieces}: write null, {pieces}, or {largest}"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+class Trainer:
+    """One run of one configuration on one world, from wherever its folder stands."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.world = world
+        self.source = open_source(config.data, config.seed, world.rank)
+        self.config = config = resolve_vocabulary(config, self.source.vocabulary)
+        self.counts = derive_counts(config, world.size)
+        learning_rate_fraction(0, self.counts.steps, config.schedule)  # a mistake shows before anything is written
+        self.folder = RunFolder(Path(config.runs_dir) / config.name)
+        torch.manual_seed(config.seed * world.size + world.rank)  # dropout: every rank draws its own
+        self.engine = build_engine(config, world)
+        world.on_main(lambda: self.folder.claim(config, self.source.tokenizer_path, world))
+        keep = config.checkpoint
+        self.checkpointer = Checkpointer(self.folder.checkpoints, keep.keep, keep.keep_every, world.control)
+        self.step = 0
+        self.data_state = self.source.state()
+        self.validation: Evaluation | None = None
+        self._resume()
+        self.console = open_console(self.counts.steps, self.step, world.rank)
+        if self.step == 0 and config.model.alpha.rule == "measured":
+            self._measure_alpha()
+        self.metrics = MetricsWriter(self.folder.path, config.log.tensorboard, self.step) if world.is_main else None
+        self._announce()
+
+    # ------------------------------------------------------------------ before the first step
+
+    def _resume(self) -> None:
+        self.checkpointer.sweep()
+        committed = self.checkpointer.latest()
+        if committed is None:
+            return
+        tensors = self.engine.tensors()
+        extras, rank_state = self.checkpointer.load(committed, tensors)
+        self.engine.restore(tensors)
+        self.source.load_state(extras["data"])
+        self.data_state = self.source.state()
+        self.step = committed.step
+        if rank_state is not None:
+            restore_rng_state(rank_state)
+        last = self.folder.last_validation()
+        if last.get("step") == self.step:
+            self.validation = Evaluation(last["val_loss"], last["val_bits_per_byte"])
+
+    def _measure_alpha(self) -> None:
+        """On the first rows of the first batch, the same on every rank and under every world size."""
+        source = open_source(self.config.data, self.config.seed, self.world.rank)  # the run's own stays at its start
+        rows = torch.from_numpy(source.read(range(min(8, self.counts.sequences)))).to(self.world.device)
+        batch = make_batch(rows, source.eos, self.config.data.document_mask)
+        for name, alpha in self.engine.measure_alpha(batch, self.config.model.alpha.target).items():
+            self.console.message(f"alpha of {name}: {alpha:.4g}")
+
+    def _announce(self) -> None:
+        counts, roles = self.counts, parameter_roles(self.engine.model)
+        self.has_alphas = "alpha" in roles.values()
+        sizes = {name: p.numel() for name, p in self.engine.model.named_parameters()}
+        matrices = sum(n for name, n in sizes.items() if roles[name] in ("matrix", "head"))
+        if self.config.model.is_tied:
+            matrices += self.config.model.vocabulary * self.config.model.width
+        self.throughput = Throughput(self.config, self.world, counts, matrices)
+        say = self.console.message
+        say(
+            f"{self.folder.path}: {self.config.model.plan} on the {self.config.model.trunk} trunk, "
+            f"{sum(sizes.values()):,} parameters, world size {counts.world_size}, {self.world.device.type}"
+        )
+        say(
+            f"{counts.steps} steps of {counts.batch_tokens:,} tokens = {counts.sequences} sequences = "
+            f"{counts.world_size} ranks x {counts.accumulation} micro-batches x {counts.micro_batch}"
+        )
+        for line in describe(self.engine.optimizer, self.config.optimizer):
+            say(line)
+        if self.step:
+            say(f"going on after step {self.step}")
+
+    def closing_line(self) -> str:
+        """The last line on standard output of a finished run; other people's tools read it."""
+        loss, bits = ("none", "none") if self.validation is None else (f"{v:.4f}" for v in self.validation)
+        return f"finished: step {self.step}, val_loss {loss}, val_bits_per_byte {bits}, run {self.folder.path}"
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> Outcome:
+        config, counts, console = self.config, self.counts, self.console
+        stop = StopRequest(self.world)
+        loader = Loader(
+            self.source,
+            batch_size=counts.sequences,
+            rank=self.world.rank,
+            world_size=counts.world_size,
+            first_step=self.step,
+            prefetch=config.data.prefetch,
+            pin_memory=self.world.device.type == "cuda",
+        )
+        try:
+            with loader:
+                self.throughput.start(self.step)
+                while self.step < counts.steps:
+                    if stop.agreed():
+                        self._save()
+                        return Outcome.STOPPED
+                    rows = next(loader)
+                    loss, norm = self._train_step(rows)
+                    self.throughput.waited(rows.wait_seconds)
+                    self.data_state = rows.state
+                    self.step += 1
+                    record: dict[str, Any] = {}
+                    if self._due(config.log.every):
+                        record |= self._measured(loss, norm, rows)
+                    if self._due(config.validate.every):
+                        record |= self._validate(rows)
+                    self._write(record)
+                    console.advance(self.step)
+                    if self._due(config.checkpoint.every):
+                        self._save(loss)
+            return Outcome.FINISHED
+        except Diverged as diverged:
+            console.message(str(diverged))
+            return Outcome.DIVERGED
+        finally:
+            stop.close()
+            console.close()
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _due(self, every: int) -> bool:
+        """Every so many steps, and at the last."""
+        return self.step == self.counts.steps or (every > 0 and self.step % every == 0)
+
+    def _train_step(self, rows: RankBatch) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns this rank's part of the mean loss and the global gradient norm, on the
+        device: nothing here waits for it."""
+        config, device = self.config, self.world.device
+        tokens = rows.tokens.to(device, non_blocking=True)
+        batches = [
+            make_batch(part, self.source.eos, config.data.document_mask)
+            for part in tokens.split(self.counts.micro_batch)
+        ]
+        if config.data.document_mask:
+            targets = torch.stack([b.targets.ge(0).sum() for b in batches]).sum().float()
+            self.world.sum(targets)
+        else:
+            targets = torch.full((), float(self.counts.batch_tokens), device=device)
+        nll = torch.zeros((), device=device)
+        for i, batch in enumerate(batches, 1):
+            nll += self.engine.accumulate(batch, targets, last=i == len(batches))
+        fraction = learning_rate_fraction(self.step, self.counts.steps, config.schedule)
+        norm = self.engine.step(config.optimizer.lr * fraction)
+        return nll / targets, norm
+
+    # ------------------------------------------------------------------ around the step
+
+    def _measured(self, loss: Tensor, norm: Tensor, rows: RankBatch) -> dict[str, Any]:
+        """Read the metrics: the one place where the host waits for the device."""
+        value = self.world.sum(loss.clone()).item()
+        if not math.isfinite(value):
+            raise Diverged(
+                f"loss is {value} at step {self.step}: lower optimizer.lr, or lengthen schedule.warmup_steps"
+            )
+        hashes = self.world.gather(rows.hash)
+        record = {
+            "loss": value,
+            "lr": self.config.optimizer.lr
+            * learning_rate_fraction(self.step - 1, self.counts.steps, self.config.schedule),
+            "grad_norm": norm.item(),
+            "batch_hash": f"{sum(hashes) % 2**64:016x}",  # type: ignore[arg-type]
+            "memory_gb": memory_gb(self.world.device),
+            **self.throughput.read(self.step),
+        }
+        self.console.report(self.step, record)
+        return record
+
+    def _validate(self, rows: RankBatch) -> dict[str, Any]:
+        record: dict[str, Any] = {}
+        with self.throughput.paused():
+            if self.source.validation is not None:
+                held_out, sequences = self.source.validation, self.config.validate.sequences
+                self.validation = evaluate(self.engine, held_out, self.world, self.counts.micro_batch, sequences)
+                record = {"val_loss": self.validation.loss, "val_bits_per_byte": self.validation.bits_per_byte}
+                self.console.report(self.step, record)
+            if self.has_alphas:
+                part = rows.tokens[: self.counts.micro_batch].to(self.world.device)
+                batch = make_batch(part, self.source.eos, self.config.data.document_mask)
+                record |= scalars(self.engine.observe(batch, record_sites))
+        return record
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if record and self.metrics is not None:
+            self.metrics.write(self.step, {"tokens": self.step * self.counts.batch_tokens, **record})
+
+    def _save(self, loss: Tensor | None = None) -> None:
+        """Commit a checkpoint of what is trained so far; weights that gave no finite loss are not worth one."""
+        if self.step == 0:
+            return
+        if loss is not None and not math.isfinite(self.world.sum(loss.clone()).item()):
+            raise Diverged(f"loss is not finite at step {self.step}: no checkpoint written, the one before stays")
+        extras = {"step": self.step, "tokens": self.step * self.counts.batch_tokens, "data": self.data_state}
+        with self.throughput.paused():
+            started = time.monotonic()
+            self.checkpointer.save(self.step, self.engine.tensors(), extras, rng_state())
+            self.console.message(f"checkpoint of step {self.step} committed in {time.monotonic() - started:.1f} s")

@@ -1,0 +1,30 @@
+"""Equipoise: pretraining where normalization is the subject of study."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="equipoise",
+    version="0.1.0",
+    description="Distributed LLM pretraining for research on normalization (DyT, DNT) and optimization (mSGDW, AdamW)",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["models*", "pretrain*", "tools*"]),
+    package_data={"pretrain.data": ["austen/*"]},
+    # Exact versions of everything, for a fresh machine: constraints.txt.
+    install_requires=[
+        "torch>=2.11,<2.14",  # tested on 2.13; FSDP2 with its state-dict API as of 2.11
+        "numpy>=2",
+        "pydantic>=2.11",  # strict type checks of the configuration tree, with the place of the mistake
+        "pyyaml>=6",
+        "sentencepiece>=0.2.1",  # trains and runs the tokenizers
+        "datasets>=4",  # reads text, JSONL, Parquet and hub datasets, maps in parallel
+        "rich>=14",  # progress bars
+        "tensorboard>=2.19",
+    ],
+    extras_require={
+        "report": ["matplotlib>=3.10"],  # pictures of loss curves
+        "deepspeed": ["deepspeed>=0.19"],
+        "test": ["pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.140", "transformers>=5", "matplotlib>=3.10"],
+        "lint": ["ruff>=0.17", "mypy>=2", "types-PyYAML"],
+    },
+)

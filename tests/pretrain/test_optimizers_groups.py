@@ -1,0 +1,158 @@
+"""Groups by role: each parameter in the one that its role says, with the values that the settings say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from models.errors import ConfigError
+from pretrain.config import OptimizerConfig
+from pretrain.optimizers import build_optimizer, describe, set_learning_rate
+
+ROLES = {
+    "embed.weight": "embedding",
+    "up.weight": "matrix",
+    "down.weight": "matrix",
+    "norm.weight": "gain",
+    "norm.alpha": "alpha",
+}
+SHAPES = {
+    "embed.weight": (7, 4),
+    "up.weight": (4, 4),
+    "down.weight": (4, 4),
+    "norm.weight": (4,),
+    "norm.alpha": (1,),
+}
+CONFIG = OptimizerConfig(name="msgdw", lr=0.2, weight_decay=0.1, lr_factors={"alpha": 0.5})
+
+
+def named() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
+
+
+def by_role(optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    return {group["role"]: group for group in optimizer.param_groups}
+
+
+@pytest.mark.parametrize("name", ["msgdw", "adamw"])
+def test_one_group_a_role_with_its_values(name: str) -> None:
+    groups = by_role(build_optimizer(named(), ROLES, replace(CONFIG, name=name)))
+    assert {role: sorted(group["param_names"]) for role, group in groups.items()} == {
+        "embedding": ["embed.weight"],
+        "matrix": ["down.weight", "up.weight"],
+        "gain": ["norm.weight"],
+        "alpha": ["norm.alpha"],
+    }
+    assert {role: group["weight_decay"] for role, group in groups.items()} == {
+        "embedding": 0.1,
+        "matrix": 0.1,
+        "gain": 0.0,
+        "alpha": 0.0,
+    }
+    assert {role: group["lr"] for role, group in groups.items()} == {
+        "embedding": 0.2,
+        "matrix": 0.2,
+        "gain": 0.2,
+        "alpha": 0.1,
+    }
+
+
+@pytest.mark.parametrize("name", ["msgdw", "adamw"])
+def test_only_the_decaying_roles_shrink(name: str) -> None:
+    parameters = named()
+    optimizer = build_optimizer(parameters, ROLES, replace(CONFIG, name=name, decay_roles=["gain", "alpha"]))
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    values = {key: parameter.flatten()[0].item() for key, parameter in parameters.items()}
+    assert values == pytest.approx(
+        {
+            "embed.weight": 1.0,
+            "up.weight": 1.0,
+            "down.weight": 1.0,
+            "norm.weight": 1 - 0.2 * 0.1,
+            "norm.alpha": 1 - 0.1 * 0.1,  # the decay follows the role's own learning rate
+        }
+    )
+
+
+def test_msgdw_takes_its_settings_and_adamw_is_fused() -> None:
+    config = replace(CONFIG, momentum=0.8, nesterov=True, momentum_dtype="bf16", lr_factors={})
+    optimizer = build_optimizer(named(), ROLES, config)
+    assert optimizer.momentum_dtype == torch.bfloat16
+    assert all(group["momentum"] == 0.8 and group["nesterov"] for group in optimizer.param_groups)
+    dampened = build_optimizer(named(), ROLES, replace(CONFIG, dampening=0.3))
+    assert all(group["dampening"] == 0.3 for group in dampened.param_groups)
+    adamw = build_optimizer(named(), ROLES, replace(CONFIG, name="adamw", beta1=0.8, beta2=0.9, eps=1e-6))
+    assert isinstance(adamw, torch.optim.AdamW)
+    for group in adamw.param_groups:
+        assert (group["fused"], group["betas"], group["eps"]) == (True, (0.8, 0.9), 1e-6)
+
+
+def test_set_learning_rate_keeps_the_factors() -> None:
+    optimizer = build_optimizer(named(), ROLES, CONFIG)
+    set_learning_rate(optimizer, 0.04)
+    assert by_role(optimizer)["matrix"]["lr"] == 0.04
+    assert by_role(optimizer)["alpha"]["lr"] == 0.02
+
+
+def test_describe_prints_the_effective_values() -> None:
+    config = replace(CONFIG, dampening=0.5)
+    head, *lines = describe(build_optimizer(named(), ROLES, config), config)
+    assert head == "mSGDW: momentum 0.9 stored in fp32, dampening 0.5, no Nesterov, lr 0.2"
+    assert [" ".join(line.split()) for line in lines] == [
+        "embedding 28 parameters lr 0.2 effective step 1 weight decay 0.1 effective decay 0.02 per step",
+        "matrix 32 parameters lr 0.2 effective step 1 weight decay 0.1 effective decay 0.02 per step",
+        "gain 4 parameters lr 0.2 effective step 1 weight decay 0 effective decay 0 per step",
+        "alpha 1 parameters lr 0.1 effective step 0.5 weight decay 0 effective decay 0 per step",
+    ]
+    config = replace(CONFIG, name="adamw")
+    optimizer = build_optimizer(named(), ROLES, config)
+    set_learning_rate(optimizer, 0.0)  # the description is of the peak, whatever the schedule has done
+    matrix = " ".join(describe(optimizer, config)[2].split())
+    assert matrix == "matrix 32 parameters lr 0.2 weight decay 0.1 effective decay 0.02 per step"
+
+
+def test_the_effective_step_is_where_a_constant_gradient_ends() -> None:
+    config = replace(CONFIG, dampening=0.5, weight_decay=0.0, lr_factors={})
+    parameters = named()
+    optimizer = build_optimizer(parameters, ROLES, config)
+    for _ in range(300):  # 0.9^300 < 1e-13
+        before = parameters["norm.alpha"].item()
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert "effective step 1 " in describe(optimizer, config)[1]
+    assert before - parameters["norm.alpha"].item() == pytest.approx(1.0, abs=1e-4)  # fp32 near -300
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"decay_roles": ["matrx"]}, "did you mean 'matrix'"),
+        ({"decay_roles": ["head"]}, "optimizer.decay_roles names 'head'"),
+        ({"lr_factors": {"alhpa": 0.1}}, "did you mean 'alpha'"),
+        ({"lr_factors": {"shift": 0.1}}, "optimizer.lr_factors names 'shift'"),
+        ({"lr_factors": {"alpha": -1.0}}, "optimizer.lr_factors.alpha is -1.0"),
+        ({"lr": -0.1}, "optimizer.lr is -0.1"),
+        ({"lr": float("inf")}, "optimizer.lr is inf"),
+        ({"weight_decay": -0.1}, "optimizer.weight_decay"),
+        ({"weight_decay": 5.0}, "of role embedding"),
+        ({"momentum": 1.0}, "optimizer.momentum"),
+        ({"nesterov": True, "dampening": 0.1}, "optimizer.nesterov"),
+        ({"name": "adamw", "beta2": 1.0}, "optimizer.beta2"),
+        ({"name": "adamw", "beta1": -0.1}, "optimizer.beta1"),
+        ({"name": "adamw", "eps": -1.0}, "optimizer.eps"),
+    ],
+)
+def test_mistakes_are_one_clear_line(change: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        build_optimizer(named(), ROLES, replace(CONFIG, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_large_factor_on_a_role_that_does_not_decay_is_no_mistake() -> None:
+    build_optimizer(named(), ROLES, replace(CONFIG, lr_factors={"alpha": 100.0}))

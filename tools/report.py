@@ -1,0 +1,67 @@
+"""Draw the loss curves of one or more runs.
+
+python -m tools.report runs/tiny runs/other --output curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from models.errors import ConfigError
+from pretrain.run import RunFolder
+from tools.command import run
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl, in order."""
+    try:
+        lines = folder.metrics.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise ConfigError(f"{folder.path} has no metrics.jsonl: name a run's folder") from None
+    return [json.loads(line) for line in lines]
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
+    """Training loss (thin) and validation loss (dots) over tokens, one color a run."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, (name, records) in enumerate(runs.items()):
+        training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
+        held_out = [(r["tokens"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+        if training:
+            axes.plot(*zip(*training, strict=True), color=f"C{i}", alpha=0.45, linewidth=1, label=f"{name}, training")
+        if held_out:
+            last = next(r for r in reversed(records) if r.get("val_loss") is not None)
+            label = f"{name}, validation: {last['val_bits_per_byte']:.3f} bits per byte"
+            axes.plot(*zip(*held_out, strict=True), "o-", color=f"C{i}", markersize=4, linewidth=1.5, label=label)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(output, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description="Draw the loss curves of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, help="runs' folders")
+    parser.add_argument("--output", type=Path, help="the picture (default: loss.png in the first run's folder)")
+    arguments = parser.parse_args()
+    runs = {path.name: read_metrics(RunFolder(path)) for path in arguments.runs}
+    output: Path = arguments.output or arguments.runs[0] / "loss.png"
+    draw(runs, output)
+    print(f"loss curve: {output}")
+
+
+if __name__ == "__main__":
+    run(main)
