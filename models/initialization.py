@@ -66,7 +66,8 @@ def _std(name: str, role: Role, shape: torch.Size, config: ModelConfig) -> float
 def _first_value(name: str, role: Role, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
     full = torch.empty(shape)
     if role in ("matrix", "embedding", "head"):
-        generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+        # seed and name in 32 bits together: torch's CPU generator ignores all above them
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         std = _std(name, role, shape, config)
         if config.init.distribution == "trunc_normal":
             return nn.init.trunc_normal_(full, std=std, a=-2 * std, b=2 * std, generator=generator)
@@ -107,6 +108,7 @@ def measure_alpha(model: nn.Module, forward: Callable[[], object], target: float
     Sites are set in the order in which ``forward`` reaches them, so that each is measured with those before it
     already in place. All ranks must run the same batch, so that they agree.
     """
+    parameters = dict(model.named_parameters())  # the sharded ones; a forward can leave gathered copies in their place
     measured: dict[str, float] = {}
     handles = []
     for name, module in model.named_modules():
@@ -128,7 +130,6 @@ def measure_alpha(model: nn.Module, forward: Callable[[], object], target: float
     finally:
         for handle in handles:
             handle.remove()
-    parameters = dict(model.named_parameters())
     for name, alpha in measured.items():
         assign(parameters[f"{name}.alpha"], torch.full((1,), alpha))
     return measured

@@ -21,7 +21,7 @@ from models.errors import ConfigError
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.agreement import Ranks
 from pretrain.checkpoint.manifest import Damaged, FileRecord, Manifest
-from pretrain.checkpoint.tensors import bytes_of, load_tensors, save_tensors
+from pretrain.checkpoint.tensors import bytes_of, load_tensors, read_metadata, save_tensors
 from pretrain.checkpoint.verification import Committed, verified
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,8 @@ class Checkpointer:
             return extras, state
 
         with _disk_errors(f"checkpoint {committed.path} cannot be read"):
-            self.ranks.together(lambda: load_tensors(committed.path, tensors, self.ranks.group))
+            metadata = self.ranks.each(lambda: read_metadata(committed.path))
+            self.ranks.together(lambda: load_tensors(committed.path, metadata, tensors, self.ranks.group))
             return self.ranks.each(own)
 
     def sweep(self) -> None:

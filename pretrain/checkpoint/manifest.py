@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -53,11 +55,11 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Raises Damaged, OSError."""
         path = folder / MANIFEST
+        with reading(folder, MANIFEST):
+            text = path.read_bytes()
         try:
-            body = json.loads(path.read_bytes())
+            body = json.loads(text)
             expected = body.pop("sha256")
-        except FileNotFoundError:
-            raise Damaged.by(folder, f"{MANIFEST} is missing") from None
         except (ValueError, KeyError, AttributeError, TypeError):  # not JSON, not UTF-8, not an object, not ours
             raise Damaged.by(folder, f"{MANIFEST} is not a manifest") from None
         if _digest(body) != expected:
@@ -65,18 +67,25 @@ class Manifest:
         return cls(**(body | {"files": {name: FileRecord(**record) for name, record in body["files"].items()}}))
 
 
+@contextmanager
+def reading(folder: Path, name: str) -> Iterator[None]:
+    """A file that is gone or that the disk fails to read is damage; what a user can mend stays an OSError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise Damaged.by(folder, f"{name} is missing") from None
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise Damaged.by(folder, f"{name} cannot be read: {error.strerror}") from error
+
+
 def check_file(folder: Path, name: str, record: FileRecord, file: BinaryIO) -> None:
     """Raises Damaged unless the open file ``name`` of ``folder`` is the one recorded."""
     size = os.fstat(file.fileno()).st_size
     if size != record.bytes:
         raise Damaged.by(folder, f"{name} has {size} bytes, {record.bytes} were written")
-    try:
-        digest = sha256(file)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        raise Damaged.by(folder, f"{name} cannot be read: {error.strerror}") from error
-    if digest != record.sha256:
+    if sha256(file) != record.sha256:
         raise Damaged.by(folder, f"{name} does not match its checksum")
 
 

@@ -18,6 +18,8 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,14 @@ def save_tensors(path: Path, tensors: dict[str, Any], group: dist.ProcessGroup |
         save(tensors, storage_writer=_Writer(path), process_group=group, no_dist=group is None)
 
 
-def load_tensors(path: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+def read_metadata(path: Path) -> Metadata:
+    """DCP's map of the tensors of a checkpoint: names, shapes, dtypes, and where each shard lies."""
+    with (path / ".metadata").open("rb") as file:
+        metadata: Metadata = _MetadataUnpickler(file).load()
+    return metadata
+
+
+def load_tensors(path: Path, metadata: Metadata, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     """Collective. Fills ``tensors`` in place with the parts it names; others in the checkpoint are left alone.
 
     Raises ConfigError, before anything is written to, if a name, shape or dtype differs (wrapped by DCP in a
@@ -50,7 +59,7 @@ def load_tensors(path: Path, tensors: dict[str, Any], group: dist.ProcessGroup |
     with _single_process_is_fine():
         load(
             tensors,
-            storage_reader=_Reader(path),
+            storage_reader=_Reader(path, metadata),
             planner=_Planner(path),
             process_group=group,
             no_dist=group is None,
@@ -87,10 +96,15 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
+    """Is given the metadata: DCP would treat a rank that fails to read it as one with metadata of its own, and that
+    rank would leave the collectives that the others wait in."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self.metadata = metadata
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        return metadata
+        return self.metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -100,13 +114,16 @@ class _MetadataUnpickler(pickle.Unpickler):
     _VALUES = (torch.Size, pathlib.PosixPath, pathlib.WindowsPath, torch.serialization._get_layout)
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in self._RECORDS or module.split(".")[0] in ("torch", "pathlib"):
+        if module.split(".")[0] in ("torch", "pathlib") and "." not in name:
             found = super().find_class(module, name)
             if isinstance(found, torch.dtype) or found in self._VALUES:
                 return found
-            if isinstance(found, type) and found.__module__ in self._RECORDS:
+            is_record = is_dataclass(found) or (isinstance(found, type) and issubclass(found, Enum))
+            if is_record and found.__module__ in self._RECORDS:
                 return found
-        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint needs")
+        raise ConfigError(
+            f".metadata of the checkpoint asks for {module}.{name}, which no checkpoint needs: do not trust its source"
+        )
 
 
 class _Planner(DefaultLoadPlanner):

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.agreement import Ranks
-from pretrain.checkpoint.manifest import Damaged, FileRecord, Manifest, check_file
+from pretrain.checkpoint.manifest import Damaged, FileRecord, Manifest, check_file, reading
 
 _WORTH_A_BAR = 2**31  # bytes, a few seconds of SHA-256
 
@@ -47,8 +47,5 @@ def _check(path: Path, files: dict[str, FileRecord], quiet: bool) -> None:
     with Progress(*columns, console=console, transient=True, disable=quiet or total < _WORTH_A_BAR) as progress:
         task = progress.add_task("", total=total)
         for name, record in files.items():
-            try:
-                with (path / name).open("rb") as file:
-                    check_file(path, name, record, progress.wrap_file(file, task_id=task))
-            except FileNotFoundError:
-                raise Damaged.by(path, f"{name} is missing") from None
+            with reading(path, name), (path / name).open("rb") as file:
+                check_file(path, name, record, progress.wrap_file(file, task_id=task))

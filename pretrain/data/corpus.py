@@ -18,9 +18,11 @@ from models.errors import ConfigError, nearest
 from pretrain.data import austen
 from pretrain.data.manifest import sha256_of
 
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises, and we say what it raises
+
 TEXT = "text"  # the one column of what `load` gives
 
-# suffix -> the builder of `datasets` that reads it; the first two also compressed
+# suffix -> the builder of `datasets` that reads it; all but Parquet also compressed
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".xz", ".zst")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

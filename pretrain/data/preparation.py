@@ -134,7 +134,7 @@ def _work_folder(output: Path, fingerprint: str, *, overwrite: bool) -> Path:
     elif begun.exists():
         _say(f"going on with the interrupted preparation of {output}")
     elif work.exists():
-        if not overwrite:
+        if any(work.glob("*.json")) and not overwrite:
             raise ConfigError(
                 f"{output} is half prepared with other sources or settings: add --overwrite to replace it"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -51,8 +52,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split()).rpartition("] ")[2]
-        raise ConfigError(f"no tokenizer with {vocab_size} pieces can be trained on this text: {reason}") from error
+        message = " ".join(str(error).split())
+        if most := re.search(r"set it to a value <= (\d+)", message):
+            remedy = f"write at most {most[1]}, or give more text"
+        elif least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+            remedy = f"write at least {least[1]}, for its characters alone"
+        else:
+            remedy = message
+        raise ConfigError(f"no tokenizer with {vocab_size} pieces can be trained on this text: {remedy}") from error
     return model.getvalue()
 
 
@@ -92,7 +99,8 @@ class Tokenizer:
         self._mark_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._has_bytes = all(self._model.is_byte(piece) for piece in self._mark_bytes)
         # BPE costs more than linear time in the length of a text. Where no piece can span the place before a space,
-        # the parts' ids are the whole's; that holds for the tokenizers trained here, and is checked for others.
+        # the parts' ids are the whole's; that holds for the tokenizers trained here, and is checked for others. Text
+        # without a space over a whole segment is cut all the same, always at the same place.
         no_inner_space = not any(_SPACE_MARK in self._model.id_to_piece(i)[1:] for i in range(self.size))
         encode = self._model.encode
         self._cuttable = no_inner_space and encode("a b") == encode("a") + encode(" b")

@@ -62,6 +62,11 @@ def as_llama(ours: Transformer, config: ModelConfig) -> nn.Module:
     return theirs
 
 
+def transposed(parameter: Tensor) -> Tensor:
+    """A linear's matrix as GPT-2's Conv1D holds it, [in, out]; a vector as it is."""
+    return parameter.mT if parameter.ndim == 2 else parameter
+
+
 def as_gpt2(ours: Transformer, config: ModelConfig) -> nn.Module:
     theirs = GPT2LMHeadModel(
         GPT2Config(
@@ -89,11 +94,11 @@ def as_gpt2(ours: Transformer, config: ModelConfig) -> nn.Module:
     for i in range(config.depth):
         for kind in ("weight", "bias"):
             packed = torch.cat([own.pop(f"blocks.{i}.attention.{part}.{kind}") for part in "qkv"])
-            weights[f"transformer.h.{i}.attn.c_attn.{kind}"] = packed.T  # Conv1D holds [in, out]
+            weights[f"transformer.h.{i}.attn.c_attn.{kind}"] = transposed(packed)
     for name, parameter in own.items():
         for mine, other in _GPT2.items():
             name = name.replace(mine, other)
-        weights[name.replace("blocks.", "transformer.h.")] = parameter.T
+        weights[name.replace("blocks.", "transformer.h.")] = transposed(parameter)
     theirs.load_state_dict(weights, strict=True)
     return theirs
 

@@ -82,7 +82,7 @@ def misbehave(how: str) -> int:
 )
 def test_run_ranks_names_the_culprit_and_leaves_no_process(how: str, outcome: str) -> None:
     with pytest.raises(RankError) as error:
-        run_ranks(misbehave, 2, how, timeout=3)
+        run_ranks(misbehave, 2, how, timeout=2)
     assert outcome in error.value.outcomes[1]
     assert error.value.outcomes[0] == "finished"
     assert not multiprocessing.active_children()

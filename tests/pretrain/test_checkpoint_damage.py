@@ -55,7 +55,8 @@ def flip(path: Path, bit: int) -> None:
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
 
 
 def test_the_files_are_as_expected(two: Path) -> None:
@@ -77,8 +78,6 @@ def test_the_files_are_as_expected(two: Path) -> None:
 def test_damage_is_reported_and_the_one_before_is_used(
     damaged: Path, name: str, damage: Callable[[Path], None], problem: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if name == "manifest.json" and damage is truncate:
-        pytest.skip("its last byte is a newline")
     damage(newest(damaged) / name)
     assert latest(damaged) == 10
     [line] = [record.getMessage() for record in caplog.records if record.name.startswith("pretrain")]

@@ -76,10 +76,10 @@ def watch(folder: Path, see: Callable[[str, str], None]) -> None:
         if event in AUDITED and str(args[0]).startswith(inside):
             see(event, str(args[0]))
 
-    def watched_fsync(descriptor: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
+    def watched_fsync(fd: Any) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
         see("fsync", path)
-        fsync(descriptor)
+        fsync(fd)
         see("synced", path)
 
     os.fsync = watched_fsync
@@ -211,6 +211,35 @@ def test_an_error_at_every_operation_of_one_rank_is_an_error_on_all(tmp_path: Pa
     assert all(step == 3 for error, step in outcomes if error is None)
     # Only the sync after the rename (open, fsync, its return) can fail and leave the step committed.
     assert [step for error, step in outcomes if error is not None].count(3) == (3 if faulty_rank == 0 else 0)
+
+
+def fail_reading_everywhere(folder: Path, faulty_rank: int) -> list[int | str]:
+    """The step that is found and loaded, or the error, with each operation of one rank failing in turn."""
+    for step in (1, 2):
+        save(folder, step)
+    fault = Fault(folder, errno.EIO)
+    outcomes: list[int | str] = []
+    reached = [True]
+    while reached[0]:
+        fault.left = len(outcomes) + 1 if dist.get_rank() == faulty_rank else 0
+        try:
+            outcomes.append(latest_step(folder))
+        except ConfigError as error:
+            outcomes.append(str(error))
+        reached = [fault.left <= 0]
+        dist.broadcast_object_list(reached, src=faulty_rank)
+    return outcomes
+
+
+@pytest.mark.parametrize("faulty_rank", [0, 1])
+def test_a_read_error_of_one_rank_parts_nobody(tmp_path: Path, faulty_rank: int) -> None:
+    outcomes, other = run_ranks(fail_reading_everywhere, 2, tmp_path, faulty_rank)
+    assert outcomes == other
+    assert outcomes[-1] == 2
+    assert 1 in outcomes, "no fault met the verification"
+    errors = [error for error in outcomes if isinstance(error, str)]
+    assert errors, "no fault met the loading"
+    assert all("Input/output error" in error and "\n" not in error for error in errors)
 
 
 def save_beside_a_dying_rank(folder: Path) -> None:

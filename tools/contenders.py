@@ -1,0 +1,191 @@
+"""What tools/bench.py compares: our training step in one configuration or another, and nanoGPT's of the same sizes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from models import ConfigError, ModelConfig
+from pretrain.batch import make_batch
+from pretrain.config import OptimizerConfig, RunConfig
+from pretrain.counts import derive_counts
+from pretrain.data import Loader, open_source
+from pretrain.data.manifest import read_manifest
+from pretrain.distributed import World
+from pretrain.engines import build_engine
+from pretrain.optimizers import learning_rate_fraction
+from tools.nanogpt import NanoGPT, NanoGPTLoop
+
+# compute precision and compilation, by the names that the command line and the table use
+VARIANTS: dict[str, tuple[Literal["fp32", "bf16"], bool]] = {
+    "fp32": ("fp32", False),
+    "bf16": ("bf16", False),
+    "fp32+compile": ("fp32", True),
+    "bf16+compile": ("bf16", True),
+}
+
+
+class Steps(Protocol):
+    def step(self) -> None:
+        """One optimizer step; on a GPU it may still be under way."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    variant: str
+    parameters: int
+    tokens: int  # of one step
+    steps: Steps
+    base: int  # whose rate this one's ratio is to, by its place among all
+
+
+class OurSteps:
+    """What the trainer does in a step, without what it does around it: the same engine, loader and calls."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self._config, self._world = config, world
+        self._counts = derive_counts(config, world.size)
+        torch.manual_seed(config.seed)
+        self.engine = build_engine(config, world)
+        self._source = open_source(replace(config.data, verify=False), config.seed)
+        self._loader = Loader(
+            self._source,
+            batch_size=self._counts.sequences,
+            prefetch=config.data.prefetch,
+            pin_memory=world.device.type == "cuda",
+        )
+        self._step = 0
+
+    def step(self) -> None:
+        config, counts, device = self._config, self._counts, self._world.device
+        tokens = next(self._loader).tokens.to(device, non_blocking=True)
+        masked = config.data.document_mask
+        batches = [make_batch(part, self._source.eos, masked) for part in tokens.split(counts.micro_batch)]
+        if masked:
+            targets = torch.stack([b.targets.ge(0).sum() for b in batches]).sum().float()
+        else:
+            targets = torch.full((), float(counts.batch_tokens), device=device)
+        for i, batch in enumerate(batches, 1):
+            self.engine.accumulate(batch, targets, last=i == len(batches))
+        step = min(self._step, counts.steps - 1)  # a benchmark may be longer than the run
+        self.engine.step(config.optimizer.lr * learning_rate_fraction(step, counts.steps, config.schedule))
+        self._step += 1
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def ours(config: RunConfig, world: World, name: str, base: int) -> Contender:
+    require_compiler(config, world.device)
+    steps = OurSteps(config, world)
+    tokens = derive_counts(config, world.size).batch_tokens
+    return Contender(name, variant_of(config), count(steps.engine.model), tokens, steps, base)
+
+
+def nanogpt(config: RunConfig, world: World, base: int) -> Contender:
+    """nanoGPT with the sizes, micro-batches, precision and compilation of ``config``."""
+    require_compiler(config, world.device)
+    model, length, counts = config.model, config.data.sequence_length, derive_counts(config, world.size)
+    folder = Path(config.data.path)
+    manifest = read_manifest(folder)
+    shard = max(manifest.split("train", folder).shards, key=lambda shard: shard.tokens)
+    reference = NanoGPT(
+        vocabulary=model.vocabulary, width=model.width, depth=model.depth, heads=model.heads, length=length
+    )
+    steps = NanoGPTLoop(
+        reference,
+        folder / shard.file,
+        manifest.dtype,
+        world.device,
+        length=length,
+        micro_batch=counts.micro_batch,
+        accumulation=counts.accumulation,
+        bf16=config.precision.compute == "bf16",
+        compiled=config.train.compile,
+    )
+    return Contender("nanogpt", variant_of(config), count(reference), counts.batch_tokens, steps, base)
+
+
+def like_nanogpt(config: RunConfig) -> RunConfig:
+    """nanoGPT's model and optimizer at the sizes of ``config``, on our stack."""
+    sizes = config.model
+    return replace(
+        config,
+        model=ModelConfig(
+            plan="gpt",
+            trunk="gpt",
+            width=sizes.width,
+            depth=sizes.depth,
+            heads=sizes.heads,
+            vocab_size=sizes.vocabulary,
+            context=config.data.sequence_length,
+        ),
+        data=replace(config.data, document_mask=False),
+        train=replace(config.train, clip=1.0, z_loss=0.0),
+        optimizer=OptimizerConfig(name="adamw", lr=6e-4, weight_decay=0.1, beta1=0.9, beta2=0.95),
+    )
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def variant_of(config: RunConfig) -> str:
+    return next(name for name, v in VARIANTS.items() if v == (config.precision.compute, config.train.compile))
+
+
+def in_variant(config: RunConfig, name: str) -> RunConfig:
+    precision, compiled = VARIANTS[name]
+    return replace(
+        config,
+        precision=replace(config.precision, compute=precision),
+        train=replace(config.train, compile=compiled),
+    )
+
+
+def require_compiler(config: RunConfig, device: torch.device) -> None:
+    """torch.compile builds C++ on a CPU and, through Triton, a launcher in C on a GPU."""
+    if not config.train.compile:
+        return
+    if device.type == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX", "g++")]
+    if not any(map(shutil.which, names)):
+        raise ConfigError(
+            f"train.compile needs {' or '.join(names)}, which is not here: install it, or write --variants fp32 bf16"
+        )
+
+
+def with_nanogpt(config: RunConfig, name: str, variants: Sequence[str], world: World) -> Iterator[Contender]:
+    """In each variant nanoGPT, "stack" (its model built from ours) and ``config``'s own model and optimizer."""
+    if config.data.source != "prepared":
+        raise ConfigError("data.source is stream, which nanoGPT cannot read: write --data.source prepared")
+    for i, variant in enumerate(variants):
+        varied = in_variant(config, variant)
+        reference = nanogpt(varied, world, 3 * i)
+        yield reference
+        same = ours(like_nanogpt(varied), world, "stack", 3 * i)
+        yield same
+        assert same.parameters == reference.parameters, (same.parameters, reference.parameters)
+        yield ours(varied, world, name, 3 * i)
+
+
+def of_two(
+    config: RunConfig, name: str, other: RunConfig, other_name: str, variants: Sequence[str], world: World
+) -> Iterator[Contender]:
+    """``other``, then ``config``, as each says or, if some are given, in each of ``variants``."""
+    pairs = [(in_variant(other, v), in_variant(config, v)) for v in variants] or [(other, config)]
+    for i, (base, mine) in enumerate(pairs):
+        yield ours(base, world, other_name, 2 * i)
+        yield ours(mine, world, name, 2 * i)
