@@ -17,10 +17,13 @@ class ConfigError(Exception):
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """A hint that names the candidate closest to ``name``, or all of them if none is close."""
     names = list(candidates)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if not close:  # the leaf alone often matches when the section is wrong
-        leaf = name.rsplit(".", 1)[-1]
-        close = [c for c in names if c.rsplit(".", 1)[-1] == leaf][:1]
+    leaf = name.rsplit(".", 1)[-1]
+    initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate for lr
+    close = (
+        difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+        or [c for c in names if c.rsplit(".", 1)[-1] in (leaf, initials)][:1]  # the right key in the wrong section
+        or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    )
     if close:
         return f"did you mean {close[0]!r}?"
     return "choose one of " + ", ".join(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -28,10 +29,10 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:  # the same on every rank: say it once
         return _fail(str(error)) if rank_in_environment() == 0 else 2
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    # Imported here, so that --help and a mistake in the configuration answer at once.
-    from pretrain.trainer import Outcome, Trainer
-
     try:
+        # Imported here, so that --help and a mistake in the configuration answer at once.
+        from pretrain.trainer import Outcome, Trainer
+
         with joined(config.device) as world:
             trainer = Trainer(config, world)
             outcome = trainer.run()
@@ -42,6 +43,11 @@ def main(arguments: list[str]) -> int:
             return outcome.value
     except ConfigError as error:
         return _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = Path(config.runs_dir) / config.name
+        return _fail(f"no space left for {where}: make room, then start again to go on from the last checkpoint")
     except KeyboardInterrupt:
         print("interrupted: start again to go on from the last committed checkpoint", file=sys.stderr)
         return 130

@@ -32,11 +32,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 3e-4 as a string, because it has no dot; here it is the number that it looks like."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that _Loader would take for a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -72,8 +77,11 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: write keys and values, as in configs/tiny.yaml")
     bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError(f"{path}: base is {bases!r}: write a file's name, or a list of them")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         merged = merge(merged, read_tree((path.parent / base).resolve(), (*seen, path)))
     return merge(merged, tree)
 
@@ -90,6 +98,7 @@ def _sections(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fi
 
 
 KEYS: dict[str, tuple[dataclasses.Field[Any], Any]] = {k: (f, t) for k, f, t in _sections(RunConfig)}
+SECTIONS = sorted({key[:i] for key in KEYS for i, letter in enumerate(key) if letter == "."})
 _DICT_KEYS = tuple(f"{k}." for k, (field, _) in KEYS.items() if field.default_factory is dict)
 
 
@@ -98,8 +107,8 @@ def _check_keys(tree: Mapping[str, Any], where: str, prefix: str = "") -> None:
         key = f"{prefix}{name}"
         if key in KEYS:
             continue
-        if not any(k.startswith(f"{key}.") for k in KEYS):
-            raise ConfigError(f"{where}: there is no key {key!r}; {nearest(key, KEYS)}")
+        if key not in SECTIONS:
+            raise ConfigError(f"{where}: there is no key {key!r}; {nearest(key, [*KEYS, *SECTIONS])}")
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {key} is a section: write keys under it, not {value!r}")
         _check_keys(value, where, f"{key}.")
@@ -115,6 +124,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"command line: {flag!r} follows no key; write --section.key value")
         key, equals, text = flag[2:].partition("=")
         key = key.replace("-", "_")
+        if key in SECTIONS:
+            raise ConfigError(f"command line: {key} is a section: write --{key}.KEY VALUE")
         if key not in KEYS and not key.startswith(_DICT_KEYS):
             raise ConfigError(f"command line: there is no key {key!r}; {nearest(key, KEYS)}")
         if not equals:
@@ -125,6 +136,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         *sections, leaf = key.split(".")
         for section in sections:
             node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"command line: --{key} goes into a mapping, but another option makes it {node!r}")
         node[leaf] = parse_yaml(text, f"command line, --{key}")
     return tree
 
@@ -170,7 +183,7 @@ def type_name(kind: Any) -> str:
 
 def dump(config: RunConfig) -> str:
     """The complete configuration as YAML that ``load`` reads back to an equal one."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

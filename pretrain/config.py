@@ -21,7 +21,7 @@ class StreamConfig:
     text_key: str = setting("text", "the column with the text")
     tokenizer: str | None = setting(None, "a sentencepiece model file")
     lanes: int = setting(
-        64, "documents are dealt to this many token streams in turn; at least the number of ranks", unit="streams"
+        64, "documents are dealt to this many token streams in turn; best a multiple of the ranks", unit="streams"
     )
 
 

@@ -41,9 +41,7 @@ def write_config(folder: Path, corpus: Path, *overrides: dict[str, Any]) -> Path
     return path
 
 
-def pretrain(
-    config: Path, *arguments: str, ranks: int = 1, timeout: float = 120
-) -> subprocess.CompletedProcess[str]:
+def pretrain(config: Path, *arguments: str, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """``python -m pretrain``, under torchrun if there are several ranks."""
     if ranks == 1:
         command = [sys.executable, "-m", "pretrain"]
@@ -73,9 +71,9 @@ def curve(run: Path) -> list[tuple[Any, ...]]:
 
 def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a committed checkpoint, read without knowing the model."""
-    from torch.distributed.checkpoint.format_utils import _load_state_dict
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.format_utils import _load_state_dict
 
     state: dict[str, Any] = {}
     _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)

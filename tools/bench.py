@@ -73,7 +73,7 @@ def table(contenders: Sequence[Contender], rates: np.ndarray) -> list[str]:
     """A line for each contender: medians over the rounds with their spread, and ratios to its base, round by round."""
     lines = [
         f"{'variant':<13}{'parameters':>14}{'tokens/s':>12}{'quartiles':>22}{'min to max':>22}{'ratio':>8}"
-        f"{'min to max':>15}  contender"
+        f"{'min to max':>17}  contender"
     ]
     for contender, rate in zip(contenders, rates, strict=True):
         low, first, middle, third, high = np.percentile(rate, (0, 25, 50, 75, 100))
@@ -81,7 +81,7 @@ def table(contenders: Sequence[Contender], rates: np.ndarray) -> list[str]:
         lines.append(
             f"{contender.variant:<13}{contender.parameters:>14,}{middle:>12,.0f}{f'{first:,.0f} to {third:,.0f}':>22}"
             f"{f'{low:,.0f} to {high:,.0f}':>22}{np.median(ratio):>8.3f}"
-            f"{f'{ratio.min():.3f} to {ratio.max():.3f}':>15}  {contender.name}"
+            f"{f'{ratio.min():.3f} to {ratio.max():.3f}':>17}  {contender.name}"
         )
     return lines
 

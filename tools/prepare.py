@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, OSError) as error:  # a full disk is the user's to mend, too; what was done is kept
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 75
     print(f"{output} is {'ready' if fresh else 'already prepared from this, nothing to do'}")
     for name, split in manifest.splits.items():
         ratio = split.bytes / split.tokens

@@ -6,12 +6,10 @@ from models.errors import ConfigError
 from pretrain.config import DataConfig
 from pretrain.data.loader import Loader, RankBatch, batch_hash
 from pretrain.data.prepared import PreparedSource
-from pretrain.data.source import IGNORED, EvaluationSet, TokenSource
-from pretrain.data.streaming import StreamingSource
+from pretrain.data.source import EvaluationSet, TokenSource
 from pretrain.data.tokenizer import Tokenizer
 
 __all__ = [
-    "IGNORED",
     "EvaluationSet",
     "Loader",
     "RankBatch",
@@ -32,5 +30,7 @@ def open_source(config: DataConfig, seed: int, rank: int = 0) -> TokenSource:
     if config.prefetch < 1:
         raise ConfigError(f"data.prefetch is {config.prefetch}: write a positive number")
     if config.source == "stream":
+        from pretrain.data.streaming import StreamingSource  # `datasets` takes a second to import
+
         return StreamingSource(config.stream, config.sequence_length)
     return PreparedSource(config.path, config.sequence_length, seed, verify=config.verify and rank == 0)

@@ -91,14 +91,9 @@ def prepare(
         splits = {}
         for name, members in documents.splits.items():
             packer = Packer(output, name, dtype, settings.shard_tokens, work / f"{name}.json")
-            splits[name] = Split(
-                shards=(
-                    shards := packer.pack(_tokenized(name, documents, members[packer.place :], tokenizer, workers))
-                ),
-                tokens=sum(shard.tokens for shard in shards),
-                documents=len(members),
-                bytes=int(documents.bytes[members].sum()),
-            )
+            shards = packer.pack(_tokenized(name, documents, members[packer.place :], tokenizer, workers))
+            tokens = sum(shard.tokens for shard in shards)
+            splits[name] = Split(tokens, len(members), int(documents.bytes[members].sum()), shards)
         write_atomically(output / TOKENIZER, tokenizer.path.read_bytes())
         manifest = Manifest(
             fingerprint=fingerprint,

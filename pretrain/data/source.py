@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-IGNORED = -100  # torch's cross-entropy ignores this target by default
+from models.loss import IGNORE
 
 
 class TokenSource(Protocol):
@@ -56,10 +56,10 @@ class EvaluationSet:
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets) of these windows, both int64 [len(indices), sequence_length].
 
-        The last window is filled up with inputs EOS and targets IGNORED.
+        The last window is filled up with inputs EOS and targets IGNORE.
         """
         inputs = np.full((len(indices), self._length), self._eos, np.int64)
-        targets = np.full((len(indices), self._length), IGNORED, np.int64)
+        targets = np.full((len(indices), self._length), IGNORE, np.int64)
         for row, index in enumerate(indices):
             start = index * self._length
             count = min(self._length, self.tokens - start)

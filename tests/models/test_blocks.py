@@ -1,7 +1,7 @@
 """Whole models against plain fp64 re-implementations, written from the papers' formulas without the code under test.
 
-On the gpt trunk the two agree to fp64 rounding. On the llama trunk the rotary angles are fp32 by design: at 16 positions
-an angle is off by up to 16 * 2^-24 = 1e-6, and so, within a small factor, are the logits.
+On the gpt trunk the two agree to fp64 rounding. On the llama trunk the rotary angles are fp32 by design: at 16
+positions an angle is off by up to 16 * 2^-24 = 1e-6, and so, within a small factor, are the logits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A compiled block is the eager block, gradients included. aot_eager traces as inductor does and compiles in a second."""
+"""A compiled block is the eager block, gradients included. aot_eager traces as inductor does, and is fast."""
 
 from __future__ import annotations
 

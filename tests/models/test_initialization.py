@@ -61,7 +61,7 @@ def roomy(**init: object) -> dict[str, Tensor]:
 
 
 def close(tensor: Tensor, std: float) -> bool:
-    """The sample standard deviation of n normal numbers is std (1 +- 1/sqrt(2 n)); five of those, and the mean alike."""
+    """The sample standard deviation of n normal numbers is std (1 +- 1/sqrt(2 n)): five of those; the mean alike."""
     n = tensor.numel()
     return bool(
         abs(tensor.std().item() / std - 1) < 5 / math.sqrt(2 * n) and abs(tensor.mean().item()) < 5 * std / math.sqrt(n)
@@ -161,7 +161,9 @@ def input_stds(model: nn.Module, ids: Tensor) -> dict[str, float]:
         return lambda module, inputs: seen.__setitem__(name, inputs[0].double().std().item())
 
     handles = [
-        module.register_forward_pre_hook(look(name)) for name, module in model.named_modules() if hasattr(module, "alpha")
+        module.register_forward_pre_hook(look(name))
+        for name, module in model.named_modules()
+        if hasattr(module, "alpha")
     ]
     with torch.no_grad():
         model(ids)

@@ -21,7 +21,10 @@ def inputs(rows: int, vocabulary: int, seed: int, ignored: float = 0.2) -> tuple
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
     targets[torch.rand(rows, generator=generator) < ignored] = IGNORE
-    hidden, weight = randn(rows, 5, seed=seed, dtype=torch.float64), randn(vocabulary, 5, seed=seed + 1, dtype=torch.float64)
+    hidden, weight = (
+        randn(rows, 5, seed=seed, dtype=torch.float64),
+        randn(vocabulary, 5, seed=seed + 1, dtype=torch.float64),
+    )
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 

@@ -128,7 +128,9 @@ def test_dyt_gradient_survives_bf16_saturation() -> None:
     torch.testing.assert_close(x.grad.double(), slope, rtol=2**-8, atol=0)  # half a bf16 step, as autograd rounds once
     assert isinstance(norm.alpha, nn.Parameter)
     assert norm.alpha.grad is not None
-    torch.testing.assert_close(norm.alpha.grad.double(), (x.detach().double() * slope).sum().reshape(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        norm.alpha.grad.double(), (x.detach().double() * slope).sum().reshape(1), rtol=1e-5, atol=0
+    )
 
     naive = x.detach().clone().requires_grad_()
     torch.tanh(naive).sum().backward()

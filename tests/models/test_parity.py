@@ -125,7 +125,7 @@ def test_gpt2() -> None:
 
 @torch.no_grad()
 def test_bf16_autocast_stays_near_fp32() -> None:
-    """What a GPU trains in: bf16 products have 8 bits, some dozen roundings on the way here stay within a few percent."""
+    """What a GPU trains in: bf16 has 8 bits, so the dozen roundings on the way add up to a percent or two."""
     model = scrambled(tiny(plan="llama"))
     exact = model(tokens())
     with torch.autocast("cpu", torch.bfloat16):

@@ -107,7 +107,9 @@ def test_overrides_add_replace_and_remove() -> None:
 
 
 def test_settings_reach_the_function() -> None:
-    model = build(tiny(plan="none", sites={"final": {"function": "dyt", "beta": True}, "embed": {"function": "rmsnorm"}}))
+    model = build(
+        tiny(plan="none", sites={"final": {"function": "dyt", "beta": True}, "embed": {"function": "rmsnorm"}})
+    )
     assert model.final.bias is not None
     assert model.embed.eps == 1e-5
     model = build(tiny(plan="llama", sites={"final": {"function": "rmsnorm", "eps": 1e-2}}, norm_eps=1e-6))

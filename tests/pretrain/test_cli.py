@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import ConfigError
@@ -44,7 +44,7 @@ def test_defaults_are_the_dataclasses(write: Any) -> None:
     ("text", "parts"),
     [
         ("train: {setps: 3}", ["run.yaml", "'train.setps'", "did you mean 'train.steps'"]),
-        ("modle: {width: 3}", ["run.yaml", "'modle'", "model"]),
+        ("modle: {width: 3}", ["run.yaml", "'modle'", "did you mean 'model'?"]),
         ("optimizer: {learning_rate: 1}", ["'optimizer.learning_rate'"]),
         ("train: {widht: 3}", ["'train.widht'"]),
         ("schedule: {momentum: 0.5}", ["did you mean 'optimizer.momentum'"]),  # the right key in a wrong section
@@ -83,7 +83,7 @@ def test_mistakes_in_a_file(write: Any, text: str, parts: list[str]) -> None:
         (["--optimizer.lr"], ["--optimizer.lr has no value"]),
         (["optimizer.lr", "1"], ["'optimizer.lr' follows no key"]),
         (["--optimizer.lr", "fast"], ["command line", "optimizer.lr is 'fast'", "number"]),
-        (["--model", "{}"], ["command line", "'model'"]),
+        (["--model", "{}"], ["command line", "model is a section", "--model."]),
         (["--optimizer.lr", "[1"], ["command line, --optimizer.lr", "not valid YAML"]),
         (["--train.tokens", "5"], ["keep one"]),
         (["--log.every", "10", "5"], ["'5' follows no key"]),
@@ -214,7 +214,7 @@ def test_help_names_every_key_with_type_and_default() -> None:
     assert set(default) == set(KEYS)
     for key, value in default.items():
         [line] = [line for line in lines if line.startswith(f"  --{key} ")]
-        shown = {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, dict) else value
+        shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
         assert line.endswith(f"; default {shown})"), line
         kind = line.split("(")[1].split(";")[0]
         assert any(word in kind for word in ("number", "text", "true or false", " | ", "list", "mapping", "fsdp")), line
@@ -241,7 +241,10 @@ def test_written_out_and_read_again_it_is_equal(write: Any) -> None:
     assert "!!" not in text, "plain YAML"
 
 
-@given(lr=st.floats(1e-12, 1e6), name=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1))
+@settings(max_examples=25)
+@given(
+    lr=st.floats(1e-12, 1e6), name=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1)
+)
 def test_any_value_survives_being_written_out(lr: float, name: str) -> None:
     tree = {"name": name, "train": {"steps": 1}, "optimizer": {"lr": lr}}
     config = build(tree, "test")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.errors import ConfigError
 from pretrain.config import DataConfig
-from pretrain.data import IGNORED, EvaluationSet, open_source
+from pretrain.data import IGNORE, EvaluationSet, open_source
 from pretrain.data.manifest import TOKENIZER, Manifest, Shard, Split, sha256_of
 from pretrain.data.permutation import Permutation
 from pretrain.data.prepared import PreparedSource
@@ -108,7 +108,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(total: int, length: 
     text = np.arange(1000, 1000 + total, dtype=np.uint16)
     evaluation = EvaluationSet([text[:cut], text[cut:]], length, eos=2, bytes=5 * total)
     inputs, targets = evaluation.read(range(evaluation.count))
-    real = targets != IGNORED
+    real = targets != IGNORE
     assert targets[real].tolist() == list(range(1001, 1000 + total))
     assert np.array_equal(inputs[real], targets[real] - 1)
     assert (inputs[~real] == 2).all()

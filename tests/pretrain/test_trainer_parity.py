@@ -43,9 +43,7 @@ def test_losses_and_norms_agree_with_one_process(reference: Path, tmp_path: Path
 @pytest.mark.parametrize("optimizer", ["msgdw", "adamw"])
 def test_saved_under_four_ranks_goes_on_under_one_and_two(corpus: Path, tmp_path: Path, optimizer: str) -> None:
     lr = 0.1 if optimizer == "msgdw" else 0.003
-    config = write_config(
-        tmp_path, corpus, {"optimizer": {"name": optimizer, "lr": lr}, "checkpoint": {"every": 10}}
-    )
+    config = write_config(tmp_path, corpus, {"optimizer": {"name": optimizer, "lr": lr}, "checkpoint": {"every": 10}})
     whole = tmp_path / "runs/small"
     done = pretrain(config, ranks=4)
     assert done.returncode == 0, done.stderr

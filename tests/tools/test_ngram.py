@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from models.errors import ConfigError
 from pretrain.data.manifest import read_manifest
-from pretrain.data.preparation import Settings, prepare
+from tests.tools.small_run import prepare_small
 from tools import ngram
 from tools.ngram import KneserNey, read_tokens
 
@@ -97,16 +97,12 @@ def test_more_context_helps_where_text_repeats_itself() -> None:
     assert bits(1) > 3 > 1 > bits(3)  # 12 of 17 tokens recur after the same two; alone each is one among fifty
 
 
-@pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    random = np.random.default_rng(0)
-    words = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "and", "then"]
-    lines = [" ".join(random.choice(words, 60)) for _ in range(80)]
-    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    folder = tmp_path / "data"
-    prepare([str(tmp_path / "text.jsonl")], folder, Settings(vocab_size=300, validation_fraction=0.2), workers=1)
-    return folder
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("ngram")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(folder / "hf"))
+        yield prepare_small(folder)
 
 
 def test_the_command_scores_the_targets_that_training_validates_on(
@@ -130,9 +126,7 @@ def test_the_command_scores_the_targets_that_training_validates_on(
 @pytest.mark.parametrize(
     ("options", "message"), [(["--order", "0"], "--order is 0"), (["--split", "tset"], "no split 'tset'")]
 )
-def test_mistakes_are_named(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
-) -> None:
+def test_mistakes_are_named(prepared: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
     monkeypatch.setattr("sys.argv", ["ngram", str(prepared), *options])
     with pytest.raises(ConfigError, match=message):
         ngram.main()

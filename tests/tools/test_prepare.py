@@ -11,8 +11,10 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -315,6 +317,30 @@ def test_a_dataset_that_cannot_be_reached_is_one_line() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_hub_dataset_is_known_by_its_revision(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    revision = "first"
+
+    def builder(path: str, name: str | None) -> Any:
+        assert (path, name) == ("owner/name", "clean")
+        return SimpleNamespace(config=SimpleNamespace(name=name), hash=revision)
+
+    def load(path: str, name: str | None, split: str) -> datasets.Dataset:
+        assert (path, name, split) == ("owner/name", "clean", "main")
+        return datasets.Dataset.from_dict({"body": texts, "n": list(range(len(texts)))})
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    options = ("--text-key", "body", "--subset", "clean", "--split", "main", "--vocab-size", 400)
+    code, _, err = run(capsys, "owner/name", *options, "--output", tmp_path / "out")
+    assert (code, err.count("error")) == (0, 0)
+    assert sorted(read_split(tmp_path / "out", "train") + read_split(tmp_path / "out", "validation")) == sorted(texts)
+    assert "nothing to do" in run(capsys, "owner/name", *options, "--output", tmp_path / "out")[1]
+    revision = "second"
+    assert run(capsys, "owner/name", *options, "--output", tmp_path / "out")[0] == 2
 
 
 def test_tokenizer_tool_trains_what_prepare_would(
