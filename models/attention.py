@@ -14,10 +14,9 @@ from models.plan import NormPlan
 
 
 def rotary_table(length: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, fp32 [length, head_width]; both halves of the last axis hold the same angles."""
+    """Cosines and sines of the angles, fp32 [length, head_width / 2]."""
     frequencies = theta ** -(torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
@@ -26,7 +25,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     transformers' LLaMA does, so that converted weights keep their order. fp32 inside."""
     cosine, sine = table
     x1, x2 = x.chunk(2, dim=-1)
-    return (x * cosine + torch.cat((-x2, x1), dim=-1) * sine).to(x.dtype)
+    return torch.cat((x1 * cosine - x2 * sine, x2 * cosine + x1 * sine), dim=-1).to(x.dtype)
 
 
 @lru_cache

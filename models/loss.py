@@ -33,17 +33,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             valid = target.ne(IGNORE)
             target = target.where(valid, 0).unsqueeze(1)
             logits = F.linear(rows, low).to(wide)
-            log_z = torch.logsumexp(logits, dim=1, keepdim=True)
-            nll += ((log_z - logits.gather(1, target)).squeeze(1) * valid).sum()
+            own = logits.gather(1, target)
+            peak = logits.amax(dim=1, keepdim=True)
+            grad = logits.sub_(peak).exp_()  # one exponential serves the loss and the gradient
+            total = grad.sum(dim=1, keepdim=True)
+            log_z = peak + total.log()
+            nll += ((log_z - own).squeeze(1) * valid).sum()
             z += (log_z.squeeze(1).square() * valid).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            # d/dlogits of (log_z - logit[target]) + z_loss * log_z^2
-            grad = logits.sub_(log_z).exp_()
-            if z_loss:
-                grad *= 1 + 2 * z_loss * log_z
-            grad.scatter_add_(1, target, torch.full_like(log_z, -1.0))
-            grad *= valid.unsqueeze(1)
+            # d/dlogits of (log_z - own) + z_loss * log_z^2
+            grad *= valid.unsqueeze(1) * (1 + 2 * z_loss * log_z) / total
+            grad.scatter_add_(1, target, -valid.unsqueeze(1).to(wide))
             grad = grad.to(hidden.dtype)
             torch.mm(grad, low, out=grad_hidden[begin : begin + chunk])
             if wide == hidden.dtype:

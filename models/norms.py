@@ -45,6 +45,28 @@ def _fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+class _RMSNormOnCPU(torch.autograd.Function):
+    """F.rms_norm is a chain of operations on the CPU. Its gradient is that of LayerNorm, which is one fused kernel
+    there, with the mean held at 0: what LayerNorm's loses with the mean's own gradient is added back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, scale)
+        return (x * scale).mul_(gain)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain, scale = ctx.saved_tensors
+        wanted = [True, True, False]
+        grad_x, grad_gain, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, gain.shape, torch.zeros_like(scale), scale, gain, None, wanted
+        )
+        lost = (grad @ gain).unsqueeze(-1).mul_(scale).div_(x.shape[-1])
+        return grad_x.add_(lost), grad_gain, None
+
+
 @register("rmsnorm")
 class RMSNorm(nn.Module):
     """``gain * x / sqrt(mean(x^2) + eps)`` (arXiv 1910.07467)."""
@@ -57,7 +79,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(_fp32(x), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        wide = _fp32(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _RMSNormOnCPU.apply(wide, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 @register("layernorm")
