@@ -10,8 +10,11 @@ class ConfigError(Exception):
     """A mistake in what the user gave: a configuration, a file, a command line.
 
     Entry points print its message as one line on standard error and exit with code 2. A broken invariant of
-    our own code is an ``assert`` instead, and keeps its traceback.
+    our own code is an ``assert`` instead, and keeps its traceback. ``agreed``: every rank raises it, so that one of
+    them is enough to say it.
     """
+
+    agreed = False
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
                 print(f"stopped: step {trainer.step} of {trainer.counts.steps}, run {trainer.folder.path}")
             return outcome.value
     except ConfigError as error:
-        return _fail(str(error))
+        return 2 if error.agreed and rank_in_environment() != 0 else _fail(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -1,9 +1,9 @@
-"""Who this process is among its ranks, and how ranks agree. Nothing else in the house reads RANK or WORLD_SIZE."""
+"""Who this process is among its ranks. Nothing else in the house reads RANK or WORLD_SIZE."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,26 +34,6 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
-
-    def gather(self, value: object) -> list[object]:
-        """Every rank's picklable value, on every rank, in rank order. Host side."""
-        if self.size == 1:
-            return [value]
-        values: list[object] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def on_main(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on rank 0 while the others wait; its ConfigError is raised on every rank."""
-        error: ConfigError | None = None
-        if self.is_main:
-            try:
-                action()
-            except ConfigError as raised:
-                error = raised
-        error = self.gather(error)[0]  # type: ignore[assignment]
-        if error is not None:
-            raise error
 
 
 def rank_in_environment() -> int:

@@ -57,7 +57,7 @@ class RunFolder:
         return build(parse_yaml(text, str(self.config)), str(self.config))
 
     def claim(self, config: RunConfig, tokenizer: Path, world: World) -> None:
-        """Make the folder ``config``'s, or check that it is. Call on one rank (World.on_main)."""
+        """Make the folder ``config``'s, or check that it is. Call on one rank (Ranks.first)."""
         try:
             if self.config.exists():
                 self._check_same(config)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models import ConfigError, parameter_roles
+from pretrain.agreement import Ranks
 from pretrain.batch import make_batch
 from pretrain.checkpoint import Checkpointer, restore_rng_state, rng_state
 from pretrain.config import RunConfig
@@ -24,6 +25,7 @@ from pretrain.engines import build_engine
 from pretrain.evaluation import Evaluation, evaluate
 from pretrain.optimizers import describe, learning_rate_fraction
 from pretrain.run import RunFolder
+from pretrain.step import learning_rate, train_step
 from pretrain.telemetry import MetricsWriter, Throughput, memory_gb, open_console, record_sites, scalars
 
 VOCABULARY_PADDING = 128  # a vocabulary may be rounded up to this multiple, as GPT-2's 50,257 is to 50,304
@@ -56,14 +58,9 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.world = world
-        self.source = open_source(config.data, config.seed, world.rank)
-        self.config = config = resolve_vocabulary(config, self.source.vocabulary)
-        self.counts = derive_counts(config, world.size)
-        learning_rate_fraction(0, self.counts.steps, config.schedule)  # a mistake shows before anything is written
-        self.folder = RunFolder(Path(config.runs_dir) / config.name)
-        torch.manual_seed(config.seed * world.size + world.rank)  # dropout: every rank draws its own
-        self.engine = build_engine(config, world)
-        world.on_main(lambda: self.folder.claim(config, self.source.tokenizer_path, world))
+        self.ranks = Ranks(world.control)
+        self.ranks.each(lambda: self._assemble(config))
+        self.ranks.first(lambda: self.folder.claim(self.config, self.source.tokenizer_path, world))
         keep = config.checkpoint
         self.checkpointer = Checkpointer(self.folder.checkpoints, keep.keep, keep.keep_every, world.control)
         self.step = 0
@@ -77,6 +74,17 @@ class Trainer:
         self._announce()
 
     # ------------------------------------------------------------------ before the first step
+
+    def _assemble(self, config: RunConfig) -> None:
+        """Everything in which a mistake can show before anything is written."""
+        world = self.world
+        self.source = open_source(config.data, config.seed, world.rank)
+        self.config = config = resolve_vocabulary(config, self.source.vocabulary)
+        self.counts = derive_counts(config, world.size)
+        learning_rate_fraction(0, self.counts.steps, config.schedule)
+        self.folder = RunFolder(Path(config.runs_dir) / config.name)
+        torch.manual_seed(config.seed * world.size + world.rank)  # dropout: every rank draws its own
+        self.engine = build_engine(config, world)
 
     def _resume(self) -> None:
         self.checkpointer.sweep()
@@ -152,7 +160,9 @@ class Trainer:
                         self._save()
                         return Outcome.STOPPED
                     rows = next(loader)
-                    loss, norm = self._train_step(rows)
+                    loss, norm = train_step(
+                        self.engine, rows.tokens, self.step, config, counts, self.world, self.source.eos
+                    )
                     self.throughput.waited(rows.wait_seconds)
                     self.data_state = rows.state
                     self.step += 1
@@ -179,27 +189,6 @@ class Trainer:
         """Every so many steps, and at the last."""
         return self.step == self.counts.steps or (every > 0 and self.step % every == 0)
 
-    def _train_step(self, rows: RankBatch) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns this rank's part of the mean loss and the global gradient norm, on the
-        device: nothing here waits for it."""
-        config, device = self.config, self.world.device
-        tokens = rows.tokens.to(device, non_blocking=True)
-        batches = [
-            make_batch(part, self.source.eos, config.data.document_mask)
-            for part in tokens.split(self.counts.micro_batch)
-        ]
-        if config.data.document_mask:
-            targets = torch.stack([b.targets.ge(0).sum() for b in batches]).sum().float()
-            self.world.sum(targets)
-        else:
-            targets = torch.full((), float(self.counts.batch_tokens), device=device)
-        nll = torch.zeros((), device=device)
-        for i, batch in enumerate(batches, 1):
-            nll += self.engine.accumulate(batch, targets, last=i == len(batches))
-        fraction = learning_rate_fraction(self.step, self.counts.steps, config.schedule)
-        norm = self.engine.step(config.optimizer.lr * fraction)
-        return nll / targets, norm
-
     # ------------------------------------------------------------------ around the step
 
     def _measured(self, loss: Tensor, norm: Tensor, rows: RankBatch) -> dict[str, Any]:
@@ -209,13 +198,12 @@ class Trainer:
             raise Diverged(
                 f"loss is {value} at step {self.step}: lower optimizer.lr, or lengthen schedule.warmup_steps"
             )
-        hashes = self.world.gather(rows.hash)
+        hashes = self.ranks.together(lambda: rows.hash)
         record = {
             "loss": value,
-            "lr": self.config.optimizer.lr
-            * learning_rate_fraction(self.step - 1, self.counts.steps, self.config.schedule),
+            "lr": learning_rate(self.config, self.counts.steps, self.step - 1),
             "grad_norm": norm.item(),
-            "batch_hash": f"{sum(hashes) % 2**64:016x}",  # type: ignore[arg-type]
+            "batch_hash": f"{sum(hashes) % 2**64:016x}",
             "memory_gb": memory_gb(self.world.device),
             **self.throughput.read(self.step),
         }

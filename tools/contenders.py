@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +11,13 @@ import torch
 from torch import nn
 
 from models import ConfigError, ModelConfig
-from pretrain.batch import make_batch
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.counts import derive_counts
 from pretrain.data import Loader, open_source
 from pretrain.data.manifest import read_manifest
 from pretrain.distributed import World
-from pretrain.engines import build_engine
-from pretrain.optimizers import learning_rate_fraction
+from pretrain.engines import build_engine, require_compiler
+from pretrain.step import train_step
 from tools.nanogpt import NanoGPT, NanoGPTLoop
 
 # compute precision and compilation, by the names that the command line and the table use
@@ -67,18 +64,9 @@ class OurSteps:
         self._step = 0
 
     def step(self) -> None:
-        config, counts, device = self._config, self._counts, self._world.device
-        tokens = next(self._loader).tokens.to(device, non_blocking=True)
-        masked = config.data.document_mask
-        batches = [make_batch(part, self._source.eos, masked) for part in tokens.split(counts.micro_batch)]
-        if masked:
-            targets = torch.stack([b.targets.ge(0).sum() for b in batches]).sum().float()
-        else:
-            targets = torch.full((), float(counts.batch_tokens), device=device)
-        for i, batch in enumerate(batches, 1):
-            self.engine.accumulate(batch, targets, last=i == len(batches))
-        step = min(self._step, counts.steps - 1)  # a benchmark may be longer than the run
-        self.engine.step(config.optimizer.lr * learning_rate_fraction(step, counts.steps, config.schedule))
+        rows = next(self._loader).tokens
+        step = min(self._step, self._counts.steps - 1)  # a benchmark may be longer than the run
+        train_step(self.engine, rows, step, self._config, self._counts, self._world, self._source.eos)
         self._step += 1
 
     def close(self) -> None:
@@ -86,7 +74,6 @@ class OurSteps:
 
 
 def ours(config: RunConfig, world: World, name: str, base: int) -> Contender:
-    require_compiler(config, world.device)
     steps = OurSteps(config, world)
     tokens = derive_counts(config, world.size).batch_tokens
     return Contender(name, variant_of(config), count(steps.engine.model), tokens, steps, base)
@@ -94,7 +81,8 @@ def ours(config: RunConfig, world: World, name: str, base: int) -> Contender:
 
 def nanogpt(config: RunConfig, world: World, base: int) -> Contender:
     """nanoGPT with the sizes, micro-batches, precision and compilation of ``config``."""
-    require_compiler(config, world.device)
+    if config.train.compile:
+        require_compiler(world.device)
     model, length, counts = config.model, config.data.sequence_length, derive_counts(config, world.size)
     folder = Path(config.data.path)
     manifest = read_manifest(folder)
@@ -151,20 +139,6 @@ def in_variant(config: RunConfig, name: str) -> RunConfig:
         precision=replace(config.precision, compute=precision),
         train=replace(config.train, compile=compiled),
     )
-
-
-def require_compiler(config: RunConfig, device: torch.device) -> None:
-    """torch.compile builds C++ on a CPU and, through Triton, a launcher in C on a GPU."""
-    if not config.train.compile:
-        return
-    if device.type == "cuda":
-        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    else:
-        names = [os.environ.get("CXX", "g++")]
-    if not any(map(shutil.which, names)):
-        raise ConfigError(
-            f"train.compile needs {' or '.join(names)}, which is not here: install it, or write --variants fp32 bf16"
-        )
 
 
 def with_nanogpt(config: RunConfig, name: str, variants: Sequence[str], world: World) -> Iterator[Contender]:

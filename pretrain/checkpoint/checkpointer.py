@@ -18,8 +18,8 @@ import torch.distributed as dist
 from rich.filesize import decimal
 
 from models.errors import ConfigError
+from pretrain.agreement import Ranks
 from pretrain.checkpoint import commit
-from pretrain.checkpoint.agreement import Ranks
 from pretrain.checkpoint.manifest import Damaged, FileRecord, Manifest
 from pretrain.checkpoint.tensors import bytes_of, load_tensors, read_metadata, save_tensors
 from pretrain.checkpoint.verification import Committed, verified

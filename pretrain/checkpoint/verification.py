@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pretrain.agreement import Ranks
 from pretrain.checkpoint import commit
-from pretrain.checkpoint.agreement import Ranks
 from pretrain.checkpoint.manifest import Damaged, FileRecord, Manifest, check_file, reading
 
 _WORTH_A_BAR = 2**31  # bytes, a few seconds of SHA-256

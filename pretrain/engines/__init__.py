@@ -2,6 +2,7 @@
 
 from pretrain.config import RunConfig
 from pretrain.distributed import World
+from pretrain.engines.compiling import require_compiler
 from pretrain.engines.fsdp import FSDPEngine
 from pretrain.engines.protocol import Engine
 
@@ -11,4 +12,4 @@ def build_engine(config: RunConfig, world: World) -> Engine:
     return FSDPEngine(config, world)
 
 
-__all__ = ["Engine", "build_engine"]
+__all__ = ["Engine", "build_engine", "require_compiler"]

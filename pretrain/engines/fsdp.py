@@ -19,6 +19,7 @@ from models.initialization import initialize, measure_alpha
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.distributed import World
+from pretrain.engines.compiling import compile_blocks
 from pretrain.optimizers import build_optimizer, set_learning_rate
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -34,8 +35,7 @@ class FSDPEngine:
         with torch.device("meta"):
             model = Transformer(config.model)
         if config.train.compile:
-            for block in model.blocks:
-                block.compile()
+            compile_blocks(model.blocks, world.device)
         if world.size > 1:
             mesh = init_device_mesh(world.device.type, (world.size,))
             again = config.parallel.shard == "full"

@@ -46,7 +46,10 @@ class Ranks:
             dist.all_gather_object(outcomes, (result, error), group=self.group)
         errors = [failed for _, failed in outcomes if failed is not None]
         if errors:  # an internal error is often the echo of a plain one on another rank, so plain ones go first
-            raise next((e for e in errors if isinstance(e, ConfigError | OSError)), errors[0])
+            worst = next((e for e in errors if isinstance(e, ConfigError | OSError)), errors[0])
+            if isinstance(worst, ConfigError):
+                worst.agreed = True
+            raise worst
         return [cast(T, done) for done, _ in outcomes]
 
     def each(self, work: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from models.errors import ConfigError
-from pretrain.checkpoint.agreement import Ranks
+from pretrain.agreement import Ranks
 from tests.ranks import RankError, run_ranks
 
 

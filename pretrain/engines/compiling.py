@@ -1,0 +1,30 @@
+"""torch.compile, or one line that says what it lacks here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from models.errors import ConfigError
+
+
+def require_compiler(device: torch.device) -> None:
+    """torch.compile builds C++ on a CPU and, through Triton, a launcher in C on a GPU."""
+    if device.type == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX", "g++")]
+    if not any(map(shutil.which, names)):
+        raise ConfigError(
+            f"train.compile needs {' or '.join(names)}, which is not here: install it, or write --train.compile false"
+        )
+
+
+def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
+    """Each block by itself: all have the same code, so one compilation serves them, and FSDP wraps them unchanged."""
+    require_compiler(device)
+    for block in blocks:
+        block.compile()
