@@ -23,7 +23,6 @@ setup(
     ],
     extras_require={
         "report": ["matplotlib>=3.10"],  # pictures of loss curves
-        "deepspeed": ["deepspeed>=0.19"],
         "test": ["pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.140", "transformers>=5", "matplotlib>=3.10"],
         "lint": ["ruff>=0.17", "mypy>=2", "types-PyYAML"],
     },

@@ -96,6 +96,16 @@ class ModelConfig:
             raise ConfigError(
                 f"model.width {self.width} / model.heads {self.heads} is odd: RoPE turns pairs, choose an even one"
             )
+        for name, value in (
+            ("norm_eps", self.norm_eps),
+            ("rope_theta", self.rope_theta),
+            ("alpha.target", self.alpha.target),
+            ("init.std", 1.0 if self.init.std == "fan_in" else self.init.std),
+            ("init.embedding_std", 1.0 if self.init.embedding_std is None else self.init.embedding_std),
+            ("init.head_std", 1.0 if self.init.head_std is None else self.init.head_std),
+        ):
+            if not value > 0:
+                raise ConfigError(f"model.{name} is {value}: write a positive number")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout is {self.dropout}: write a probability below 1")
 

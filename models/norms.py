@@ -22,6 +22,8 @@ NORMS: dict[str, type[nn.Module]] = {}
 
 
 def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """The decorator that enters a class into ``NORMS``."""
+
     def add(cls: type[nn.Module]) -> type[nn.Module]:
         assert name not in NORMS, f"norm {name!r} is registered twice"
         NORMS[name] = cls

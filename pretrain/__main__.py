@@ -1,4 +1,4 @@
-"""``python -m pretrain CONFIG.yaml [--section.key value ...]``, alone or under torchrun or srun."""
+"""``python -m pretrain CONFIG.yaml [--section.key value ...]``, alone or under torchrun."""
 
 from __future__ import annotations
 

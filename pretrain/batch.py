@@ -25,6 +25,10 @@ def make_batch(rows: Tensor, eos: int, document_mask: bool) -> Batch:
     inputs, targets = rows[:, :-1], rows[:, 1:]
     if not document_mask:
         return Batch(inputs, targets, None)
+    return Batch(inputs, targets.masked_fill(inputs.eq(eos), IGNORE), document_numbers(inputs, eos))
+
+
+def document_numbers(inputs: Tensor, eos: int) -> Tensor:
+    """The running number of each token's document, int64 [sequences, length]; EOS belongs to the one that it ends."""
     ends = inputs.eq(eos)
-    documents = ends.cumsum(dim=1) - ends.long()
-    return Batch(inputs, targets.masked_fill(ends, IGNORE), documents)
+    return ends.cumsum(dim=1) - ends.long()

@@ -85,7 +85,9 @@ class ScheduleConfig:
 class ParallelConfig:
     engine: Literal["fsdp"] = setting("fsdp", "what shards the model; one process is not sharded")
     shard: Literal["full", "grad_op"] = setting(
-        "full", "full: parameters are gathered for the forward and again for the backward; grad_op: once"
+        "full",
+        "full: parameters are gathered for forward and backward each, gradients reduced every micro-batch; "
+        "grad_op: once a step each, for the memory of whole gradients",
     )
 
 
@@ -117,6 +119,8 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """The root: every key of a configuration file stands here or in a section."""
+
     name: str = setting("run", "of the run's folder")
     runs_dir: str = setting("runs", "where run folders are")
     seed: int = setting(0, "of weights, data order and dropout")
@@ -142,3 +146,23 @@ class RunConfig:
             raise ConfigError("train.steps is missing: write how long to train, in train.steps or train.tokens")
         if self.train.steps is not None and self.train.tokens is not None:
             raise ConfigError("train.steps and train.tokens are both given: keep one")
+        for key, value in (
+            ("train.loss_chunk", self.train.loss_chunk),
+            ("train.clip", self.train.clip),
+            ("validate.sequences", self.validate.sequences),
+        ):
+            if value is not None and not value > 0:
+                raise ConfigError(f"{key} is {value}: write a positive number")
+        if not self.train.z_loss >= 0:
+            raise ConfigError(f"train.z_loss is {self.train.z_loss}: write 0 or more")
+        for key, every in (
+            ("checkpoint.every", self.checkpoint.every),
+            ("validate.every", self.validate.every),
+            ("log.every", self.log.every),
+        ):
+            if every < 0:
+                raise ConfigError(f"{key} is {every}: write a number of steps, or 0 for only at the end")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"name is {self.name!r}: write a name without slashes; runs_dir says where it is")
+        if not 0 <= self.seed < 2**32:  # NumPy's seeds are not negative, torch's end at 64 bits times the world size
+            raise ConfigError(f"seed is {self.seed}: write a number from 0 to {2**32 - 1}")

@@ -52,10 +52,15 @@ def _device(wanted: str) -> torch.device:
 
 @contextmanager
 def joined(device: str, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
-    """Join the ranks that torchrun or srun started, or be the only one; leave on exit.
+    """Join the ranks that torchrun started, or be the only one; leave on exit.
 
     ``device`` is auto, cpu or cuda. Collectives that outlast ``timeout`` raise, so that a dead rank is no hang.
     """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"srun started {tasks} tasks that do not know of each other: start one task a node, and torchrun in it"
+        )
     place = _device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from models.loss import IGNORE
-from pretrain.batch import Batch
+from pretrain.batch import Batch, document_numbers
 from pretrain.data import EvaluationSet
 from pretrain.distributed import World
 from pretrain.engines.protocol import Engine
@@ -21,13 +21,21 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    engine: Engine, held_out: EvaluationSet, world: World, batch: int, sequences: int | None = None
+    engine: Engine,
+    held_out: EvaluationSet,
+    world: World,
+    batch: int,
+    sequences: int | None = None,
+    mask_eos: int | None = None,
 ) -> Evaluation:
     """The mean loss over ``held_out``, or over ``sequences`` of its windows spread evenly.
 
     ``bits_per_byte`` is total nats / ln 2 / bytes of text; of a part of the windows, the bytes are the targets' share
-    of the whole's. Ranks take windows in turn, ``batch`` at a time, and run equally many forwards: where windows run
-    out, a rank's rows have no targets.
+    of the whole's. With ``mask_eos`` attention stays within the documents that this token ends, as in training with
+    data.document_mask; every token stays a target, so that the figures of all runs compare.
+
+    Ranks take windows in turn, ``batch`` at a time, and run equally many forwards: where windows run out, a rank's
+    rows have no targets.
     """
     count = held_out.count if sequences is None else min(sequences, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
@@ -41,7 +49,9 @@ def evaluate(
         short = batch - len(inputs)  # one shape throughout, so that a compiled model is compiled once
         inputs = np.pad(inputs, ((0, short), (0, 0)))
         wanted = np.pad(wanted, ((0, short), (0, 0)), constant_values=IGNORE)
-        rows = Batch(torch.from_numpy(inputs).to(world.device), torch.from_numpy(wanted).to(world.device), None)
+        tokens = torch.from_numpy(inputs).to(world.device)
+        documents = None if mask_eos is None else document_numbers(tokens, mask_eos)
+        rows = Batch(tokens, torch.from_numpy(wanted).to(world.device), documents)
         nll += engine.evaluate(rows)
         targets += rows.targets.ne(IGNORE).sum()
     world.sum(nll)

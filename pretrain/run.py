@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from models.errors import ConfigError
 from pretrain.cli import build, dump, flatten, parse_yaml
 from pretrain.config import RunConfig
 from pretrain.distributed import World
+from pretrain.files import locked, write_atomically
 
 # Keys that may differ when a run is gone on with: they change where and how fast, not what is trained.
 MAY_CHANGE = (
@@ -42,6 +43,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held = ExitStack()
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
@@ -57,16 +59,22 @@ class RunFolder:
         return build(parse_yaml(text, str(self.config)), str(self.config))
 
     def claim(self, config: RunConfig, tokenizer: Path, world: World) -> None:
-        """Make the folder ``config``'s, or check that it is. Call on one rank (Ranks.first)."""
+        """Make the folder ``config``'s, or check that it is, and hold it against other processes until ``release``.
+        Call on one rank (Ranks.first)."""
         try:
             if self.config.exists():
                 self._check_same(config)
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.config, dump(config))
-            _replace(self.environment, json.dumps(environment(world), indent=2) + "\n")
-            shutil.copyfile(tokenizer, self.tokenizer)
+            busy = f"another process trains {self.path}: wait until it ends, or write --name for a new run"
+            self._held.enter_context(locked(self.path, busy))
+            write_atomically(self.config, dump(config).encode())
+            write_atomically(self.environment, json.dumps(environment(world), indent=2).encode() + b"\n")
+            write_atomically(self.tokenizer, tokenizer.read_bytes())
         except OSError as error:
             raise ConfigError(f"cannot write the run's folder {self.path}: {error.strerror}") from None
+
+    def release(self) -> None:
+        self._held.close()
 
     def _check_same(self, config: RunConfig) -> None:
         there, here = flatten(self.read_config()), flatten(config)
@@ -77,22 +85,22 @@ class RunFolder:
                     f"python -m pretrain {self.config} to go on with this one"
                 )
 
+    def records(self) -> list[dict[str, Any]]:
+        """The objects of metrics.jsonl, without a last line that a kill or a full disk tore; none before the first."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(keepends=True), start=1):
+            try:
+                if line.endswith(b"\n"):
+                    records.append(json.loads(line))
+            except ValueError:
+                raise ConfigError(f"{self.metrics} line {number} is no metrics line: repair it or remove it") from None
+        return records
+
     def last_validation(self) -> dict[str, Any]:
-        """The last object of metrics.jsonl that has a validation loss; empty if there is none."""
-        last: dict[str, Any] = {}
-        if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                if "val_loss" in record:
-                    last = record
-        return last
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+        """The last of the records that has a validation loss; empty if there is none."""
+        return next((record for record in reversed(self.records()) if "val_loss" in record), {})
 
 
 def _git(*arguments: str) -> str | None:

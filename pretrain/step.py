@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.loss import IGNORE
 from pretrain.batch import make_batch
 from pretrain.config import RunConfig
 from pretrain.counts import Counts
@@ -30,7 +31,7 @@ def train_step(
     tokens = rows.to(world.device, non_blocking=True)
     batches = [make_batch(part, eos, masked) for part in tokens.split(counts.micro_batch)]
     if masked:  # which targets fall away differs between ranks
-        targets = world.sum(torch.stack([b.targets.ge(0).sum() for b in batches]).sum().float())
+        targets = world.sum(torch.stack([b.targets.ne(IGNORE).sum() for b in batches]).sum().float())
     else:
         targets = torch.full((), float(counts.batch_tokens), device=world.device)
     nll = torch.zeros((), device=world.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import zlib
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -61,17 +62,11 @@ class Trainer:
         self.ranks = Ranks(world.control)
         self.ranks.each(lambda: self._assemble(config))
         self.ranks.first(lambda: self.folder.claim(self.config, self.source.tokenizer_path, world))
-        keep = config.checkpoint
-        self.checkpointer = Checkpointer(self.folder.checkpoints, keep.keep, keep.keep_every, world.control)
-        self.step = 0
-        self.data_state = self.source.state()
-        self.validation: Evaluation | None = None
-        self._resume()
-        self.console = open_console(self.counts.steps, self.step, world.rank)
-        if self.step == 0 and config.model.alpha.rule == "measured":
-            self._measure_alpha()
-        self.metrics = MetricsWriter(self.folder.path, config.log.tensorboard, self.step) if world.is_main else None
-        self._announce()
+        try:
+            self._begin()
+        except BaseException:
+            self.folder.release()
+            raise
 
     # ------------------------------------------------------------------ before the first step
 
@@ -83,13 +78,30 @@ class Trainer:
         self.counts = derive_counts(config, world.size)
         learning_rate_fraction(0, self.counts.steps, config.schedule)
         self.folder = RunFolder(Path(config.runs_dir) / config.name)
-        torch.manual_seed(config.seed * world.size + world.rank)  # dropout: every rank draws its own
         self.engine = build_engine(config, world)
+        self.has_alphas = "alpha" in parameter_roles(self.engine.model).values()
+        if config.model.alpha.rule == "measured" and not self.has_alphas:
+            raise ConfigError(f"model.alpha.rule is measured, but no site of plan {config.model.plan!r} has an alpha")
+
+    def _begin(self) -> None:
+        config, world, keep = self.config, self.world, self.config.checkpoint
+        self.checkpointer = Checkpointer(self.folder.checkpoints, keep.keep, keep.keep_every, world.control)
+        self.step = 0
+        self.data_state = self.source.state()
+        self.validation: Evaluation | None = None
+        self._resume()
+        self.console = open_console(self.counts.steps, self.step, world.rank)
+        if self.step == 0 and config.model.alpha.rule == "measured":
+            self._measure_alpha()
+        self.metrics = self.ranks.each(self._open_metrics)
+        self._announce()
 
     def _resume(self) -> None:
         self.checkpointer.sweep()
         committed = self.checkpointer.latest()
+        self._seed(0 if committed is None else committed.step)
         if committed is None:
+            self.engine.initialize()
             return
         tensors = self.engine.tensors()
         extras, rank_state = self.checkpointer.load(committed, tensors)
@@ -103,9 +115,20 @@ class Trainer:
         if last.get("step") == self.step:
             self.validation = Evaluation(last["val_loss"], last["val_bits_per_byte"])
 
+    def _seed(self, step: int) -> None:
+        """Dropout's generator, which a checkpoint of the same world size then sets: other draws on every rank, and
+        other ones than before where a run goes on under another world size."""
+        torch.manual_seed(zlib.crc32(f"{self.config.seed} {step} {self.world.rank} {self.world.size}".encode()))
+
+    def _open_metrics(self) -> MetricsWriter | None:
+        if not self.world.is_main:
+            return None
+        return MetricsWriter(self.folder.path, self.config.log.tensorboard, self.step)
+
     def _measure_alpha(self) -> None:
         """On the first rows of the first batch, the same on every rank and under every world size."""
-        source = open_source(self.config.data, self.config.seed, self.world.rank)  # the run's own stays at its start
+        data = dataclasses.replace(self.config.data, verify=False)
+        source = open_source(data, self.config.seed)  # the run's own stays at its start
         rows = torch.from_numpy(source.read(range(min(8, self.counts.sequences)))).to(self.world.device)
         batch = make_batch(rows, source.eos, self.config.data.document_mask)
         for name, alpha in self.engine.measure_alpha(batch, self.config.model.alpha.target).items():
@@ -113,7 +136,6 @@ class Trainer:
 
     def _announce(self) -> None:
         counts, roles = self.counts, parameter_roles(self.engine.model)
-        self.has_alphas = "alpha" in roles.values()
         sizes = {name: p.numel() for name, p in self.engine.model.named_parameters()}
         matrices = sum(n for name, n in sizes.items() if roles[name] in ("matrix", "head"))
         if self.config.model.is_tied:
@@ -156,9 +178,6 @@ class Trainer:
             with loader:
                 self.throughput.start(self.step)
                 while self.step < counts.steps:
-                    if stop.agreed():
-                        self._save()
-                        return Outcome.STOPPED
                     rows = next(loader)
                     loss, norm = train_step(
                         self.engine, rows.tokens, self.step, config, counts, self.world, self.source.eos
@@ -174,13 +193,17 @@ class Trainer:
                     self._write(record)
                     console.advance(self.step)
                     if self._due(config.checkpoint.every):
-                        self._save(loss)
+                        self._save(loss, norm)
+                    if self.step < counts.steps and stop.agreed():
+                        self._save(loss, norm)
+                        return Outcome.STOPPED
             return Outcome.FINISHED
         except Diverged as diverged:
             console.message(str(diverged))
             return Outcome.DIVERGED
         finally:
             stop.close()
+            self.folder.release()
             console.close()
             if self.metrics is not None:
                 self.metrics.close()
@@ -193,11 +216,7 @@ class Trainer:
 
     def _measured(self, loss: Tensor, norm: Tensor, rows: RankBatch) -> dict[str, Any]:
         """Read the metrics: the one place where the host waits for the device."""
-        value = self.world.sum(loss.clone()).item()
-        if not math.isfinite(value):
-            raise Diverged(
-                f"loss is {value} at step {self.step}: lower optimizer.lr, or lengthen schedule.warmup_steps"
-            )
+        value = self._finite(loss, norm)
         hashes = self.ranks.together(lambda: rows.hash)
         record = {
             "loss": value,
@@ -210,12 +229,31 @@ class Trainer:
         self.console.report(self.step, record)
         return record
 
+    def _finite(self, loss: Tensor, norm: Tensor) -> float:
+        """The global batch's mean loss, or Diverged. An infinite gradient norm ruins the weights just as well."""
+        value, size = self.world.sum(loss.clone()).item(), norm.item()
+        if not (math.isfinite(value) and math.isfinite(size)):
+            raise Diverged(
+                f"at step {self.step} the loss is {value} and the gradient norm {size}: lower optimizer.lr, or "
+                "lengthen schedule.warmup_steps; earlier checkpoints stay"
+            )
+        return value
+
     def _validate(self, rows: RankBatch) -> dict[str, Any]:
         record: dict[str, Any] = {}
         with self.throughput.paused():
             if self.source.validation is not None:
                 held_out, sequences = self.source.validation, self.config.validate.sequences
-                self.validation = evaluate(self.engine, held_out, self.world, self.counts.micro_batch, sequences)
+                self.validation = evaluate(
+                    self.engine,
+                    held_out,
+                    self.world,
+                    self.counts.micro_batch,
+                    sequences,
+                    self.source.eos if self.config.data.document_mask else None,
+                )
+                if not math.isfinite(self.validation.loss):
+                    raise Diverged(f"at step {self.step} the validation loss is {self.validation.loss}")
                 record = {"val_loss": self.validation.loss, "val_bits_per_byte": self.validation.bits_per_byte}
                 self.console.report(self.step, record)
             if self.has_alphas:
@@ -228,13 +266,10 @@ class Trainer:
         if record and self.metrics is not None:
             self.metrics.write(self.step, {"tokens": self.step * self.counts.batch_tokens, **record})
 
-    def _save(self, loss: Tensor | None = None) -> None:
-        """Commit a checkpoint of what is trained so far; weights that gave no finite loss are not worth one."""
-        if self.step == 0:
-            return
-        if loss is not None and not math.isfinite(self.world.sum(loss.clone()).item()):
-            raise Diverged(f"loss is not finite at step {self.step}: no checkpoint written, the one before stays")
-        extras = {"step": self.step, "tokens": self.step * self.counts.batch_tokens, "data": self.data_state}
+    def _save(self, loss: Tensor, norm: Tensor) -> None:
+        """Commit a checkpoint of what is trained so far; weights that are no longer finite are not worth one."""
+        self._finite(loss, norm)
+        extras = {"data": self.data_state}
         with self.throughput.paused():
             started = time.monotonic()
             self.checkpointer.save(self.step, self.engine.tensors(), extras, rng_state())

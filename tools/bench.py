@@ -104,6 +104,7 @@ def as_shipped(
 
 
 def record(contenders: Sequence[Contender], rates: np.ndarray) -> list[dict[str, Any]]:
+    """What --output gets of each contender; ``rates`` as ``measure`` gives them."""
     return [
         {
             "name": contender.name,

@@ -10,6 +10,7 @@ from models.errors import ConfigError
 
 
 def run(main: Callable[[], None]) -> None:
+    """``main()``, with the exit codes of the house."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         main()

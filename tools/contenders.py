@@ -30,6 +30,8 @@ VARIANTS: dict[str, tuple[Literal["fp32", "bf16"], bool]] = {
 
 
 class Steps(Protocol):
+    """What takes turns: a model, its optimizer and its data."""
+
     def step(self) -> None:
         """One optimizer step; on a GPU it may still be under way."""
 
@@ -74,6 +76,7 @@ class OurSteps:
 
 
 def ours(config: RunConfig, world: World, name: str, base: int) -> Contender:
+    """``config`` as training runs it."""
     steps = OurSteps(config, world)
     tokens = derive_counts(config, world.size).batch_tokens
     return Contender(name, variant_of(config), count(steps.engine.model), tokens, steps, base)
@@ -133,6 +136,7 @@ def variant_of(config: RunConfig) -> str:
 
 
 def in_variant(config: RunConfig, name: str) -> RunConfig:
+    """``config`` in the precision, compiled or not, that ``name`` in VARIANTS stands for."""
     precision, compiled = VARIANTS[name]
     return replace(
         config,

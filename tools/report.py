@@ -6,7 +6,6 @@ python -m tools.report runs/tiny runs/other --output curves.png
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,21 @@ from pretrain.run import RunFolder
 from tools.command import run
 
 
-def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, in order."""
-    try:
-        lines = folder.metrics.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise ConfigError(f"{folder.path} has no metrics.jsonl: name a run's folder") from None
-    return [json.loads(line) for line in lines]
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """What the run in this folder logged, in order."""
+    records = RunFolder(path).records()
+    if not records:
+        raise ConfigError(f"{path} has no steps in metrics.jsonl: name a run's folder, once it has logged")
+    return records
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
+def labels(paths: list[Path]) -> list[str]:
+    """The folders' names, or their paths where two have the same name."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def draw(runs: list[tuple[str, list[dict[str, Any]]]], output: Path) -> None:
     """Training loss (thin) and validation loss (dots) over tokens, one color a run."""
     try:
         import matplotlib
@@ -34,7 +38,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (name, records) in enumerate(runs.items()):
+    for i, (name, records) in enumerate(runs):
         training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
         held_out = [(r["tokens"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
         if training:
@@ -48,8 +52,12 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(output, dpi=150)
-    plt.close(figure)
+    try:
+        figure.savefig(output, dpi=150)
+    except (OSError, ValueError) as error:  # no such folder; no such format
+        raise ConfigError(f"cannot write {output}: {' '.join(str(error).split())}") from None
+    finally:
+        plt.close(figure)
 
 
 def main() -> None:
@@ -57,9 +65,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="runs' folders")
     parser.add_argument("--output", type=Path, help="the picture (default: loss.png in the first run's folder)")
     arguments = parser.parse_args()
-    runs = {path.name: read_metrics(RunFolder(path)) for path in arguments.runs}
+    records = [read_metrics(path) for path in arguments.runs]
     output: Path = arguments.output or arguments.runs[0] / "loss.png"
-    draw(runs, output)
+    draw(list(zip(labels(arguments.runs), records, strict=True)), output)
     print(f"loss curve: {output}")
 
 

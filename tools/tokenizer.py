@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from models.errors import ConfigError
-from pretrain.data.manifest import write_atomically
 from pretrain.data.preparation import Settings, tokenizer_for
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.files import write_atomically
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from pretrain.checkpoint import commit
 from pretrain.checkpoint.manifest import Damaged, FileRecord, Manifest
 from pretrain.checkpoint.tensors import bytes_of, load_tensors, read_metadata, save_tensors
 from pretrain.checkpoint.verification import Committed, verified
+from pretrain.files import write_synced
 
 log = logging.getLogger(__name__)
 
@@ -141,13 +142,13 @@ class Checkpointer:
         def own_files() -> dict[str, FileRecord]:
             state = io.BytesIO()  # a stream of Python's keeps the OSError that torch's own file writer would hide
             torch.save(rank_state, state)
-            commit.write_synced(folder / _rank_file(rank), state.getvalue())
+            write_synced(folder / _rank_file(rank), state.getvalue())
             names = [_rank_file(rank), *(shard.name for shard in folder.glob(f"__{rank}_*"))]
             return {name: FileRecord.of(folder / name) for name in names}
 
         def commit_all() -> None:
             whole = extras | {"data": _united(data_of_ranks)}
-            commit.write_synced(folder / _EXTRAS, json.dumps(whole).encode())
+            write_synced(folder / _EXTRAS, json.dumps(whole).encode())
             files = {name: FileRecord.of(folder / name) for name in (".metadata", _EXTRAS)}
             for name, record in (entry for own in files_of_ranks for entry in own.items()):
                 if not (folder / name).exists() or (folder / name).stat().st_size != record.bytes:

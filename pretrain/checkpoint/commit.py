@@ -11,13 +11,13 @@ the last. These functions belong to one process: rank 0 calls them.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from pretrain.checkpoint.manifest import MANIFEST, Manifest
+from pretrain.files import sync_folder, write_synced
 
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _UNCOMMITTED = re.compile(r"\.step-\d{8,}\.(partial|removed)")
@@ -53,11 +53,11 @@ def commit(folder: Path, manifest: Manifest) -> None:
     """
     partial, committed = partial_path(folder, manifest.step), committed_path(folder, manifest.step)
     write_synced(partial / MANIFEST, manifest.to_json().encode())
-    _sync_folder(partial)
+    sync_folder(partial)
     if committed.exists():
         remove(folder, manifest.step)
     partial.rename(committed)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def discard(folder: Path, step: int) -> None:
@@ -72,7 +72,7 @@ def remove(folder: Path, step: int) -> None:
     if removed.exists():
         shutil.rmtree(removed)
     committed_path(folder, step).rename(removed)
-    _sync_folder(folder)
+    sync_folder(folder)
     shutil.rmtree(removed)
 
 
@@ -89,20 +89,3 @@ def expired(steps: Collection[int], keep: int, keep_every: int | None) -> list[i
     """The steps to delete: neither among the ``keep`` newest nor a multiple of ``keep_every``."""
     newest = sorted(steps)[-keep:]
     return [step for step in sorted(steps) if step not in newest and (keep_every is None or step % keep_every != 0)]
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file and waits until the disk has it."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """A new or renamed entry survives a power cut only when the folder that names it is synced too (fsync(2))."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

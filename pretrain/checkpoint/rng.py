@@ -18,7 +18,7 @@ def rng_state() -> dict[str, Any]:
     assert isinstance(numpy_state, dict)
     numpy_state["state"]["key"] = torch.from_numpy(numpy_state["state"]["key"].copy())
     state = {"python": random.getstate(), "numpy": numpy_state, "cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
 
 def restore_rng_state(state: dict[str, Any]) -> None:
@@ -27,5 +27,5 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     generator = state["numpy"]["state"]
     np.random.set_state(state["numpy"] | {"state": generator | {"key": generator["key"].numpy()}})  # noqa: NPY002
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])

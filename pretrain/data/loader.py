@@ -16,6 +16,7 @@ import torch
 from pretrain.data.source import TokenSource
 
 _POLL_SECONDS = 0.05
+_CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ class Loader:
         return RankBatch(item.tokens, item.state, item.hash, time.perf_counter() - start)
 
     def close(self) -> None:
-        """Stop the thread. It ends after the batch that it is making."""
+        """Stop the thread. It ends after the batch that it is making; a source that hangs is left behind."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(timeout=_CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         return self

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.manifest import Shard, commit, write_atomically
+from pretrain.data.manifest import Shard
+from pretrain.files import commit, write_atomically
 
 
 class Packer:

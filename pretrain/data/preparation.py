@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -37,10 +35,10 @@ from pretrain.data.manifest import (
     Split,
     read_manifest,
     sha256_of,
-    write_atomically,
 )
 from pretrain.data.packing import Packer
 from pretrain.data.tokenizer import Tokenizer, train_tokenizer
+from pretrain.files import locked, write_atomically
 
 AUSTEN = "austen"
 _WORK = ".work"
@@ -78,7 +76,7 @@ def prepare(
     found = _find(sources)
     tokenizer = Tokenizer(settings.tokenizer) if settings.tokenizer else None
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    with locked(output, f"another preparation is at work in {output}: wait for it"):
         inputs = _describe(found, settings, tokenizer)
         fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         if not overwrite and (manifest := _committed(output, fingerprint)):
@@ -269,20 +267,6 @@ def _documents(found: list[corpus.Source], settings: Settings, work: Path) -> _D
         for source in found
     ]
     return _Documents(corpus.concatenate(parts), None, settings)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other preparations; the lock ends with the process, however that ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another preparation is at work in {folder}: wait for it") from error
-        yield
-    finally:
-        os.close(handle)
 
 
 def _progress() -> Progress:

@@ -16,6 +16,8 @@ from models.loss import IGNORE
 
 
 class TokenSource(Protocol):
+    """Samples by their numbers; PreparedSource and StreamingSource are two."""
+
     vocabulary: int
     eos: int
     tokenizer_path: Path

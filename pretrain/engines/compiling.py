@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 
 import torch
@@ -17,7 +18,7 @@ def require_compiler(device: torch.device) -> None:
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     else:
         names = [os.environ.get("CXX", "g++")]
-    if not any(map(shutil.which, names)):
+    if not any(shutil.which(shlex.split(name)[0]) for name in names):  # CXX may be "ccache g++"
         raise ConfigError(
             f"train.compile needs {' or '.join(names)}, which is not here: install it, or write --train.compile false"
         )

@@ -41,9 +41,9 @@ class FSDPEngine:
             again = config.parallel.shard == "full"
             for block in model.blocks:
                 fully_shard(block, mesh=mesh, reshard_after_forward=again)
-            fully_shard(model, mesh=mesh, reshard_after_forward=again)
+            # The root's own, embedding and head, would be gathered again at once: the backward begins with them.
+            fully_shard(model, mesh=mesh, reshard_after_forward=False)
         model.to_empty(device=world.device)
-        initialize(model, config.model, config.seed)
         self.model: nn.Module = model
         self.optimizer = build_optimizer(dict(model.named_parameters()), parameter_roles(model), config.optimizer)
 
@@ -56,10 +56,15 @@ class FSDPEngine:
         with self._compute():
             return self.model(batch.inputs, batch.targets, batch.documents, train.z_loss, train.loss_chunk)
 
+    def initialize(self) -> None:
+        initialize(self.model, self._config.model, self._config.seed)
+
     def accumulate(self, batch: Batch, targets: Tensor, last: bool) -> Tensor:
         sharded = isinstance(self.model, FSDPModule)
         if sharded:
-            cast(FSDPModule, self.model).set_requires_gradient_sync(last)
+            # Reducing only once saves communication and costs every rank a whole model of gradients.
+            once = self._config.parallel.shard == "grad_op"
+            cast(FSDPModule, self.model).set_requires_gradient_sync(last or not once)
         objective, nll = self._loss(batch)
         # FSDP averages gradients over the ranks; the objective is a sum over all of them.
         (objective * (self._world.size / targets)).backward()

@@ -1,4 +1,4 @@
-"""What the loop needs of whatever holds the model: five verbs. It cannot tell which engine answers."""
+"""What the loop needs of whatever holds the model. It cannot tell which engine answers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from pretrain.batch import Batch
 
 
 class Engine(Protocol):
-    """A model with its optimizer, spread over the ranks or not."""
+    """A model with its optimizer, spread over the ranks or not. Before use, ``initialize`` or ``restore`` it."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+
+    def initialize(self) -> None:
+        """First weights, the same tensor for tensor under any world size and engine."""
 
     def accumulate(self, batch: Batch, targets: Tensor, last: bool) -> Tensor:
         """Forward and backward of this rank's next micro-batch.

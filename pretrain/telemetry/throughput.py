@@ -25,7 +25,8 @@ class Throughput:
 
     def __init__(self, config: RunConfig, world: World, counts: Counts, matmul_parameters: int) -> None:
         self._counts = counts
-        self._devices = world.size if world.device.type == "cuda" else 1  # ranks on one CPU share its ceiling
+        self._cuda = world.device.type == "cuda"
+        self._devices = world.size if self._cuda else 1  # ranks on one CPU share its ceiling
         self._flops = flops_per_token(matmul_parameters, config.model.depth, config.model.width, counts.sequence_length)
         self._peak = device_peak(world.device, config.precision.compute)
         self._step: int | None = None
@@ -42,6 +43,8 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        if self._cuda:  # what is still queued is training, not the pause
+            torch.cuda.synchronize()
         began = time.monotonic()
         yield
         self._since += time.monotonic() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.__main__ import main
+from pretrain.engines.fsdp import FSDPEngine
+from pretrain.files import locked
 from tests.runs import committed_steps, pretrain, write_config
 
 
@@ -46,6 +50,10 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["--optimizer.lr_factors", "{alpha: 0.1}"], ["alpha"]),
     (["--optimizer.lr", "-1"], ["optimizer.lr", "-1"]),
     (["--device", "cuda"], ["cuda"]),
+    (["--model.init.std", "-1"], ["model.init.std", "positive"]),
+    (["--model.alpha.rule", "measured"], ["measured", "'dnt'"]),
+    (["--name", "../elsewhere"], ["'../elsewhere'"]),
+    (["--log.every", "-1"], ["log.every", "-1"]),
     (["--train.tokens", "1000"], ["train.steps", "train.tokens"]),
     (["--optimizer.lr"], ["--optimizer.lr"]),
     (["optimizer.lr", "1"], ["optimizer.lr"]),
@@ -167,13 +175,42 @@ def test_a_full_disk_while_saving(corpus: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_two_processes_do_not_train_one_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, corpus)
+    run = tmp_path / "runs/small"
+    run.mkdir(parents=True)
+    with locked(run, "busy"):
+        assert "another process trains" in _fails([str(config)], capsys)
+    assert main([str(config)]) == 0
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_not_finite_are_never_committed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    """One bad gradient between two logged steps: the loss before the update is still finite."""
+    original = FSDPEngine.step
+    steps = itertools.count(1)
+
+    def step(engine: FSDPEngine, lr: float) -> torch.Tensor:
+        if next(steps) == 10:
+            next(engine.model.parameters()).grad[0, 0] = value  # type: ignore[index]
+        return original(engine, lr)
+
+    monkeypatch.setattr(FSDPEngine, "step", step)
+    config = write_config(tmp_path, corpus, {"checkpoint": {"every": 5}, "log": {"every": 1000}})
+    assert main([str(config)]) == 3
+    assert "gradient norm" in capsys.readouterr().err
+    assert committed_steps(tmp_path / "runs/small") == [5]
+
+
 def test_a_diverged_run_says_so_and_keeps_its_checkpoints(corpus: Path, tmp_path: Path) -> None:
     config = write_config(
         tmp_path, corpus, {"optimizer": {"lr": 1e30}, "train": {"clip": None}, "schedule": {"warmup_steps": 0}}
     )
     done = pretrain(config)
     assert done.returncode == 3
-    assert "loss is" in done.stderr
+    assert "the loss is" in done.stderr
     assert "Traceback" not in done.stderr
     assert committed_steps(tmp_path / "runs/small") == []
 

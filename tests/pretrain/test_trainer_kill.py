@@ -24,6 +24,7 @@ LONG = {"train": {"steps": 500}, "checkpoint": {"every": 7}, "validate": {"every
 
 def _train(arguments: list[str], errors: Path) -> None:
     """In a process of the fork server, where torch is imported already."""
+    torch.set_num_threads(1)
     with errors.open("w") as stream:
         os.dup2(stream.fileno(), 2)
         sys.exit(main(arguments))

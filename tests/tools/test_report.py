@@ -1,0 +1,114 @@
+"""The picture of the loss curves: it is written, it shows what was logged, and mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from tools import report
+from tools.command import run
+
+matplotlib.use("agg")
+
+
+def make_run(folder: Path, losses: list[float], last: float = 3.0) -> Path:
+    folder.mkdir(parents=True)
+    records: list[dict[str, Any]] = [
+        {"step": i + 1, "tokens": 100 * (i + 1), "loss": loss} for i, loss in enumerate(losses)
+    ]
+    records[-1] |= {"val_loss": last, "val_bits_per_byte": last / 2}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    run(report.main)
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    with pytest.raises(SystemExit) as left:
+        call(monkeypatch, *arguments)
+    said = capsys.readouterr()
+    assert (left.value.code, said.out) == (2, "")
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def pixels(path: Path) -> Any:
+    return matplotlib.image.imread(path)
+
+
+def test_one_run_beside_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "one", [5.0, 4.0, 3.5])
+    call(monkeypatch, folder)
+    assert capsys.readouterr().out == f"loss curve: {folder / 'loss.png'}\n"
+    image = pixels(folder / "loss.png")
+    assert image.shape[:2] == (675, 1200)
+    assert image.min() < 0.5 < image.max(), "something is drawn"
+
+
+def test_what_is_drawn_is_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot as plt
+
+    drawn: dict[str, Any] = {}
+
+    def look(figure: Any, path: Path, **options: Any) -> None:
+        lines = figure.axes[0].get_lines()
+        drawn.update({line.get_label(): line.get_xydata().tolist() for line in lines})
+
+    monkeypatch.setattr(plt.Figure, "savefig", look)
+    one = make_run(tmp_path / "one", [5.0, 4.0])
+    with (one / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "tokens": 300, "loss": null}\n{"step": 4, "tokens": 400, "lo')  # a gap, and a torn line
+    call(monkeypatch, one, make_run(tmp_path / "two", [6.0], last=2.0))
+    assert drawn == {
+        "one, training": [[100, 5.0], [200, 4.0]],
+        "one, validation: 1.500 bits per byte": [[200, 3.0]],
+        "two, training": [[100, 6.0]],
+        "two, validation: 1.000 bits per byte": [[100, 2.0]],
+    }
+    drawn.clear()
+    same = make_run(tmp_path / "other" / "one", [7.0])
+    call(monkeypatch, one, same)
+    assert f"{one}, training" in drawn, "two runs of one name are told apart by their paths"
+    assert drawn[f"{same}, training"] == [[100, 7.0]]
+
+
+def test_several_runs_into_a_file_of_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [make_run(tmp_path / f"run{i}", [5.0, 4.0 - i]) for i in range(3)]
+    call(monkeypatch, *runs, "--output", tmp_path / "curves.png")
+    alone = tmp_path / "alone.png"
+    call(monkeypatch, runs[0], "--output", alone)
+    assert pixels(tmp_path / "curves.png").shape == pixels(alone).shape
+    assert (pixels(tmp_path / "curves.png") != pixels(alone)).any()
+
+
+def test_mistakes_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = make_run(tmp_path / "good", [5.0])
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").touch()
+    assert "missing" in fails(monkeypatch, capsys, good, tmp_path / "missing")
+    assert "begun" in fails(monkeypatch, capsys, tmp_path / "begun")
+    assert "nowhere" in fails(monkeypatch, capsys, good, "--output", tmp_path / "nowhere" / "x.png")
+    assert "is not supported" in fails(monkeypatch, capsys, good, "--output", tmp_path / "curves.doc")
+    (good / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    assert "line 2" in fails(monkeypatch, capsys, good)
+
+
+def test_a_missing_matplotlib_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "one", [5.0])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in fails(monkeypatch, capsys, folder)
