@@ -36,22 +36,26 @@ def draw(runs: list[tuple[str, list[dict[str, Any]]]], output: Path) -> None:
         raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for i, (name, records) in enumerate(runs):
         training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
         held_out = [(r["tokens"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
-        if training:
-            axes.plot(*zip(*training, strict=True), color=f"C{i}", alpha=0.45, linewidth=1, label=f"{name}, training")
+        label = name
         if held_out:
-            last = next(r for r in reversed(records) if r.get("val_loss") is not None)
-            label = f"{name}, validation: {last['val_bits_per_byte']:.3f} bits per byte"
+            bits = next(r["val_bits_per_byte"] for r in reversed(records) if r.get("val_loss") is not None)
+            label += f"\n{bits:.3f} bits per byte"
             axes.plot(*zip(*held_out, strict=True), "o-", color=f"C{i}", markersize=4, linewidth=1.5, label=label)
+        if training:
+            own = None if held_out else label
+            axes.plot(*zip(*training, strict=True), color=f"C{i}", alpha=0.5, linewidth=1, label=own)
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss (nats per token): training as a line, validation as dots")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False, labelspacing=0.9)
     try:
         figure.savefig(output, dpi=150)
     except (OSError, ValueError) as error:  # no such folder; no such format

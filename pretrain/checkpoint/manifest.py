@@ -90,6 +90,7 @@ def check_file(folder: Path, name: str, record: FileRecord, file: BinaryIO) -> N
 
 
 def sha256(file: BinaryIO) -> str:
+    """Of the rest of an open file, in hexadecimal."""
     readable = cast(Any, file)  # file_digest asks for readinto, which files have and typing.BinaryIO lacks
     return hashlib.file_digest(readable, "sha256").hexdigest()
 

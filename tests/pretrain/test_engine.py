@@ -39,6 +39,12 @@ def small(plan: str = "dnt", **model: Any) -> RunConfig:
     )
 
 
+def built(config: RunConfig, world: World = WORLD) -> Engine:
+    engine = build_engine(config, world)
+    engine.initialize()
+    return engine
+
+
 def batch(seed: int = 0, rows: int = 4) -> Batch:
     tokens = torch.randint(VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
     return make_batch(tokens, eos=0, document_mask=seed % 2 == 1)
@@ -55,7 +61,7 @@ def train(engine: Engine, seeds: range) -> list[float]:
 
 
 def test_evaluation_leaves_no_trace() -> None:
-    engine = build_engine(small(dropout=0.5), WORLD)
+    engine = built(small(dropout=0.5))
     torch.manual_seed(0)
     state = torch.get_rng_state()
     first, second = engine.evaluate(batch()), engine.evaluate(batch())
@@ -71,7 +77,7 @@ def test_evaluation_leaves_no_trace() -> None:
 
 
 def test_observing_yields_what_the_manager_yields() -> None:
-    engine = build_engine(small(), WORLD)
+    engine = built(small())
     shapes: list[torch.Size] = []
 
     @contextmanager
@@ -90,7 +96,7 @@ def test_observing_yields_what_the_manager_yields() -> None:
 @pytest.mark.parametrize("optimizer", ["msgdw", "adamw"])
 def test_an_engine_goes_on_from_another_s_tensors(optimizer: Literal["msgdw", "adamw"]) -> None:
     config = replace(small("dyt"), optimizer=OptimizerConfig(name=optimizer, lr=0.1, weight_decay=0.1))
-    one, other = build_engine(config, WORLD), build_engine(replace(config, seed=1), WORLD)
+    one, other = built(config), built(replace(config, seed=1))
     train(one, range(3))
     tensors = copy.deepcopy(one.tensors())
     own = {name for name, _ in one.model.named_parameters()}
@@ -100,7 +106,7 @@ def test_an_engine_goes_on_from_another_s_tensors(optimizer: Literal["msgdw", "a
 
 
 def test_the_update_forgets_the_gradients() -> None:
-    engine = build_engine(small(), WORLD)
+    engine = built(small())
     train(engine, range(1))
     assert all(p.grad is None for p in engine.model.parameters())
 
@@ -111,13 +117,13 @@ def with_counter(config: RunConfig, world: World) -> tuple[Engine, CompileCounte
     counter = CompileCounterWithBackend("aot_eager")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=counter, fullgraph=True))
-        return build_engine(replace(config, train=replace(config.train, compile=True)), world), counter
+        return built(replace(config, train=replace(config.train, compile=True)), world), counter
 
 
 @pytest.mark.parametrize(("plan", "seeds"), [("dnt", range(0, 6, 2)), ("dyt", range(1, 7, 2))])
 def test_compiled_blocks_train_alike(plan: str, seeds: range) -> None:
     """Without and with a document mask. All blocks have the same code, so one compilation serves them."""
-    eager = build_engine(small(plan), WORLD)
+    eager = built(small(plan))
     engine, counter = with_counter(small(plan), WORLD)
     # fp32 with norms decomposed, sums in another order, over three steps.
     assert train(engine, seeds) == pytest.approx(train(eager, seeds), rel=1e-4)
@@ -128,7 +134,7 @@ def test_compiled_blocks_train_alike(plan: str, seeds: range) -> None:
 def compiled_on_ranks(compile: bool) -> tuple[list[float], int]:
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     if not compile:
-        return train(build_engine(small(), world), range(0, 6, 2)), 0
+        return train(built(small(), world), range(0, 6, 2)), 0
     engine, counter = with_counter(small(), world)
     return train(engine, range(0, 6, 2)), counter.frame_count
 
@@ -144,7 +150,7 @@ def test_compiled_blocks_train_alike_on_two_ranks() -> None:
 def collectives(shard: Literal["full", "grad_op"]) -> list[tuple[int, int]]:
     """(all-gathers, reduce-scatters) of each of two micro-batches, forward and backward."""
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    engine = build_engine(replace(small(), parallel=ParallelConfig(shard=shard)), world)
+    engine = built(replace(small(), parallel=ParallelConfig(shard=shard)), world)
     counted = []
     for last in (False, True):
         with CommDebugMode() as communication:
@@ -157,7 +163,8 @@ def collectives(shard: Literal["full", "grad_op"]) -> list[tuple[int, int]]:
     return counted
 
 
-def test_full_gathers_twice_and_grad_op_once_and_gradients_travel_once_a_step() -> None:
-    groups = 1 + DEPTH  # the blocks, and what is left: embedding, final norm, head
-    assert run_ranks(collectives, 2, "full") == [[(2 * groups, 0), (2 * groups, groups)]] * 2
+def test_full_gathers_blocks_twice_and_grad_op_once() -> None:
+    """The root, embedding and head, is gathered once. grad_op reduces gradients at the last micro-batch alone."""
+    groups = DEPTH + 1
+    assert run_ranks(collectives, 2, "full") == [[(2 * DEPTH + 1, groups)] * 2] * 2
     assert run_ranks(collectives, 2, "grad_op") == [[(groups, 0), (groups, groups)]] * 2

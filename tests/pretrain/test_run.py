@@ -88,6 +88,14 @@ def tokenizer(tmp_path: Path) -> Path:
     return path
 
 
+def claim(folder: RunFolder, config: RunConfig, tokenizer: Path, world: World = WORLD) -> None:
+    """As a process that comes and goes."""
+    try:
+        folder.claim(config, tokenizer, world)
+    finally:
+        folder.release()
+
+
 def test_every_key_is_decided() -> None:
     staying = {key for key in KEYS if key in MUST_STAY or key.startswith(SECTIONS_THAT_STAY)}
     assert staying | MAY_CHANGE == set(KEYS), "a new key: decide whether a run may be gone on with under another value"
@@ -97,17 +105,17 @@ def test_every_key_is_decided() -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_a_run_is_gone_on_with_only_as_what_it_is(key: str, tmp_path: Path, tokenizer: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.claim(small(), tokenizer, WORLD)
+    claim(folder, small(), tokenizer)
     other = changed(key)
     if other is None:
         return
     before = folder.config.read_bytes()
     if key in MAY_CHANGE:
-        folder.claim(other, tokenizer, WORLD)
+        claim(folder, other, tokenizer)
         assert folder.config.read_bytes() != before, "the folder says how the run goes on"
         return
     with pytest.raises(ConfigError) as raised:
-        folder.claim(other, tokenizer, WORLD)
+        claim(folder, other, tokenizer)
     assert f"was started with {key} " in str(raised.value)
     assert "\n" not in str(raised.value)
     assert folder.config.read_bytes() == before
@@ -115,10 +123,10 @@ def test_a_run_is_gone_on_with_only_as_what_it_is(key: str, tmp_path: Path, toke
 
 def test_the_folder_holds_what_continues_it(tmp_path: Path, tokenizer: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "deep" / "run")
-    folder.claim(small(), tokenizer, WORLD)
+    claim(folder, small(), tokenizer)
     assert load(folder.config) == folder.read_config() == small()
     assert folder.tokenizer.read_bytes() == b"pieces"
-    folder.claim(small(), folder.tokenizer, WORLD)  # data.stream.tokenizer may name the run's own
+    claim(folder, small(), folder.tokenizer)  # data.stream.tokenizer may name the run's own
     assert folder.tokenizer.read_bytes() == b"pieces"
     assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "environment.json", "tokenizer.model"}
 
@@ -127,12 +135,24 @@ def test_folders_that_are_none(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a run's folder: it has no config\.yaml"):
         RunFolder(tmp_path).read_config()
     with pytest.raises(ConfigError, match=r"cannot write the run's folder .*: (Not a directory|File exists)"):
-        RunFolder(tokenizer / "run").claim(small(), tokenizer, WORLD)
+        claim(RunFolder(tokenizer / "run"), small(), tokenizer)
+
+
+def test_a_folder_has_one_owner_at_a_time(tmp_path: Path, tokenizer: Path) -> None:
+    one, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    one.claim(small(), tokenizer, WORLD)
+    before = one.environment.read_bytes()
+    with pytest.raises(ConfigError, match=r"another process trains .*run: wait until it ends, or write --name"):
+        claim(other, small(), tokenizer, World(0, 9, torch.device("cpu")))
+    assert one.environment.read_bytes() == before
+    assert other.read_config() == small(), "who only reads is not held up"
+    one.release()
+    claim(other, small(), tokenizer)
 
 
 def test_environment_says_what_a_reader_needs_to_repeat_the_run(tmp_path: Path, tokenizer: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.claim(small(), tokenizer, World(0, 3, torch.device("cpu")))
+    claim(folder, small(), tokenizer, World(0, 3, torch.device("cpu")))
     found = json.loads(folder.environment.read_text())
     assert found["packages"]["torch"] == torch.__version__
     assert found["packages"]["numpy"] == metadata.version("numpy")
