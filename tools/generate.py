@@ -49,7 +49,7 @@ def main() -> None:
         pieces=trained.tokenizer.size,
         generator=torch.Generator(device).manual_seed(arguments.seed),
     )
-    print(trained.tokenizer.decode([t for t in tokens[0].tolist() if t != trained.tokenizer.eos]))
+    print(trained.tokenizer.decode(tokens[0].tolist()))
 
 
 if __name__ == "__main__":
