@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,11 +27,11 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((x1 * cosine - x2 * sine, x2 * cosine + x1 * sine), dim=-1).to(x.dtype)
 
 
-@lru_cache
-def _compiled_flex() -> Any:
+if torch.cuda.is_available():  # FlexAttention has no backward on the CPU, and loading the compiler takes seconds
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+    _flex_attention = torch.compile(flex_attention)
+    _create_block_mask = torch.compile(create_block_mask)
 
 
 def document_mask(documents: Tensor | None) -> Any:
@@ -49,7 +48,7 @@ def document_mask(documents: Tensor | None) -> Any:
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (q >= k) & (documents[b, q] == documents[b, k])
 
-        return _compiled_flex()[1](visible, batch, None, length, length, device=documents.device)
+        return _create_block_mask(visible, batch, None, length, length, device=documents.device)
     same = documents[:, None, :, None] == documents[:, None, None, :]
     return same & torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
 
@@ -61,7 +60,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    return _compiled_flex()[0](q, k, v, block_mask=mask, enable_gqa=grouped)
+    return _flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
 
 
 class Attention(nn.Module):

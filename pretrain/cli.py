@@ -24,7 +24,7 @@ Trains what the configuration says, or goes on with the run of that name from it
 A configuration is YAML; `base: FILE`, or a list of files, takes another's keys first (paths beside the file itself).
 A value on the command line is YAML too: null, 3e-4, [matrix, head], {alpha: 0.1}.
 Exit codes: 0 finished; 2 a mistake in what was given; 3 the loss is no longer finite; 75 stopped on request after a
-committed checkpoint, start again to continue.
+committed checkpoint, start again to continue. Under torchrun all but 0 become 1: the line printed tells which.
 """
 
 

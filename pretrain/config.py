@@ -87,7 +87,7 @@ class ParallelConfig:
     shard: Literal["full", "grad_op"] = setting(
         "full",
         "full: parameters are gathered for forward and backward each, gradients reduced every micro-batch; "
-        "grad_op: once a step each, for the memory of whole gradients",
+        "grad_op: gathered once a micro-batch and reduced once a step, for the memory of whole gradients",
     )
 
 

@@ -19,7 +19,7 @@ from models.initialization import initialize, measure_alpha
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.distributed import World
-from pretrain.engines.compiling import compile_blocks
+from pretrain.engines.compiling import compile_blocks, require_compiler
 from pretrain.optimizers import build_optimizer, set_learning_rate
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -36,6 +36,8 @@ class FSDPEngine:
             model = Transformer(config.model)
         if config.train.compile:
             compile_blocks(model.blocks, world.device)
+        elif config.data.document_mask and world.device.type == "cuda":
+            require_compiler(world.device)  # FlexAttention is compiled in any case
         if world.size > 1:
             mesh = init_device_mesh(world.device.type, (world.size,))
             again = config.parallel.shard == "full"
