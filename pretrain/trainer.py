@@ -73,7 +73,7 @@ class Trainer:
     def _assemble(self, config: RunConfig) -> None:
         """Everything in which a mistake can show before anything is written."""
         world = self.world
-        self.source = open_source(config.data, config.seed, world.rank)
+        self.source = open_source(config.data, config.seed, world.rank, world.size)
         self.config = config = resolve_vocabulary(config, self.source.vocabulary)
         self.counts = derive_counts(config, world.size)
         learning_rate_fraction(0, self.counts.steps, config.schedule)

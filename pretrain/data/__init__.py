@@ -20,10 +20,10 @@ __all__ = [
 ]
 
 
-def open_source(config: DataConfig, seed: int, rank: int = 0) -> TokenSource:
+def open_source(config: DataConfig, seed: int, rank: int = 0, world_size: int = 1) -> TokenSource:
     """The source that the configuration names, checked. ConfigError says what is missing and what makes it.
 
-    Every rank checks that the files are there and have their size; rank 0 checks what is in them.
+    Every rank checks that the files are there and have their size; the ranks share the checking of what is in them.
     """
     if config.sequence_length < 1:
         raise ConfigError(f"data.sequence_length is {config.sequence_length}: write a positive number")
@@ -33,4 +33,6 @@ def open_source(config: DataConfig, seed: int, rank: int = 0) -> TokenSource:
         from pretrain.data.streaming import StreamingSource  # `datasets` takes a second to import
 
         return StreamingSource(config.stream, config.sequence_length)
-    return PreparedSource(config.path, config.sequence_length, seed, verify=config.verify and rank == 0)
+    return PreparedSource(
+        config.path, config.sequence_length, seed, verify=config.verify, rank=rank, world_size=world_size
+    )

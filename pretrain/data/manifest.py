@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from models.errors import ConfigError, nearest
 from pretrain.files import write_atomically
@@ -17,6 +20,7 @@ from pretrain.files import write_atomically
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+_WORTH_A_BAR = 2**31  # bytes, a few seconds of SHA-256
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise ConfigError(f"{path} is damaged: {_again(folder)}") from error
 
 
-def open_split(folder: Path, manifest: Manifest, name: str, *, verify: bool) -> list[np.ndarray]:
-    """The split's shards, memory-mapped. Sizes are always checked, contents if ``verify``.
+def open_split(
+    folder: Path, manifest: Manifest, name: str, *, verify: bool, rank: int = 0, world_size: int = 1
+) -> list[np.ndarray]:
+    """The split's shards, memory-mapped. Sizes are always checked; contents if ``verify``, by the ranks in turn.
 
     ConfigError names the file that is wrong, and the remedy.
     """
     dtype = np.dtype(manifest.dtype)
     arrays: list[np.ndarray] = []
-    for shard in manifest.split(name, folder).shards:
+    shards = manifest.split(name, folder).shards
+    mine = {shard.file for shard in shards[rank::world_size]} if verify else set()
+    for shard in _with_progress(shards, dtype.itemsize, quiet=not verify or rank != 0):
         path = folder / shard.file
         if not path.is_file():
             raise ConfigError(f"{path} is missing: {_again(folder)}")
@@ -96,10 +104,17 @@ def open_split(folder: Path, manifest: Manifest, name: str, *, verify: bool) -> 
             raise ConfigError(
                 f"{path} has {path.stat().st_size} bytes instead of {shard.tokens * dtype.itemsize}: {_again(folder)}"
             )
-        if verify and sha256_of(path) != shard.sha256:
+        if shard.file in mine and sha256_of(path) != shard.sha256:
             raise ConfigError(f"{path} is corrupted (its SHA-256 differs): {_again(folder)}")
         arrays.append(np.memmap(path, dtype=dtype, mode="r"))
     return arrays
+
+
+def _with_progress(shards: Sequence[Shard], item_bytes: int, *, quiet: bool) -> Iterable[Shard]:
+    """The shards, under a bar if there is more to hash than a few seconds' worth."""
+    if quiet or sum(shard.tokens for shard in shards) * item_bytes < _WORTH_A_BAR:
+        return shards
+    return track(shards, "verifying shards", console=Console(stderr=True), transient=True)
 
 
 def tokenizer_path(folder: Path, manifest: Manifest) -> Path:

@@ -24,20 +24,31 @@ from pretrain.data.source import EvaluationSet, TokenArray
 class PreparedSource:
     """A TokenSource over the memory-mapped shards of a folder made by tools.prepare.
 
-    ConfigError if the folder is not committed, is damaged (contents are hashed if ``verify``), or its training split
-    is shorter than one window.
+    ConfigError if the folder is not committed, is damaged (contents are hashed if ``verify``, each rank a part), or
+    its training split is shorter than one window.
     """
 
-    def __init__(self, folder: str | Path, sequence_length: int, seed: int, *, verify: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        sequence_length: int,
+        seed: int,
+        *,
+        verify: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.folder = Path(folder)
         self._manifest = read_manifest(self.folder)
         self._length = sequence_length
         self._seed = seed
-        self._verify = verify
+        self._open = functools.partial(
+            open_split, self.folder, self._manifest, verify=verify, rank=rank, world_size=world_size
+        )
         self.vocabulary = self._manifest.vocabulary
         self.eos = self._manifest.eos
         self.tokenizer_path = tokenizer_path(self.folder, self._manifest)
-        self._ring = TokenArray(open_split(self.folder, self._manifest, "train", verify=verify))
+        self._ring = TokenArray(self._open("train"))
         if len(self._ring) < sequence_length + 1:
             raise ConfigError(
                 f"{self.folder} has {len(self._ring)} training tokens, fewer than one sample of data.sequence_length "
@@ -49,8 +60,7 @@ class PreparedSource:
 
     def evaluation(self, split: str) -> EvaluationSet:
         """A whole split to evaluate on: "validation", or "test" where the corpus has one."""
-        shards = open_split(self.folder, self._manifest, split, verify=self._verify)
-        return EvaluationSet(shards, self._length, self.eos, self._manifest.splits[split].bytes)
+        return EvaluationSet(self._open(split), self._length, self.eos, self._manifest.splits[split].bytes)
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         out = np.empty((len(indices), self._length + 1), np.int64)

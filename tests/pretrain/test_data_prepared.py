@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.errors import ConfigError
+from models.loss import IGNORE
 from pretrain.config import DataConfig
-from pretrain.data import IGNORE, EvaluationSet, open_source
+from pretrain.data import EvaluationSet, open_source
 from pretrain.data.manifest import TOKENIZER, Manifest, Shard, Split, sha256_of
 from pretrain.data.permutation import Permutation
 from pretrain.data.prepared import PreparedSource
@@ -162,11 +163,15 @@ def test_damage_is_refused_in_one_line(tmp_path: Path, damage: object, message: 
     assert "\n" not in str(caught.value)
 
 
-def test_contents_are_hashed_by_the_first_rank_only_and_only_if_asked(tmp_path: Path) -> None:
-    write_folder(tmp_path, [100])
-    flip(tmp_path / "train-00000.bin")
+def test_the_ranks_share_the_hashing_of_contents_if_asked(tmp_path: Path) -> None:
+    write_folder(tmp_path, [100, 100, 50])
+    flip(tmp_path / "train-00001.bin")
     config = DataConfig(path=str(tmp_path), sequence_length=8)
-    open_source(config, seed=0, rank=1)
     open_source(DataConfig(path=str(tmp_path), sequence_length=8, verify=False), seed=0)
-    with pytest.raises(ConfigError, match="corrupted"):
-        open_source(config, seed=0, rank=0)
+    for world_size in (1, 2, 3):
+        for rank in range(world_size):
+            if rank == 1 % world_size:  # the second shard is its
+                with pytest.raises(ConfigError, match="train-00001.bin is corrupted"):
+                    open_source(config, seed=0, rank=rank, world_size=world_size)
+            else:
+                open_source(config, seed=0, rank=rank, world_size=world_size)
