@@ -171,7 +171,7 @@ def test_the_ranks_share_the_hashing_of_contents_if_asked(tmp_path: Path) -> Non
     for world_size in (1, 2, 3):
         for rank in range(world_size):
             if rank == 1 % world_size:  # the second shard is its
-                with pytest.raises(ConfigError, match="train-00001.bin is corrupted"):
+                with pytest.raises(ConfigError, match=r"train-00001\.bin is corrupted"):
                     open_source(config, seed=0, rank=rank, world_size=world_size)
             else:
                 open_source(config, seed=0, rank=rank, world_size=world_size)
