@@ -59,8 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # In place: they are read once, and the weight's may be the largest tensor of the step.
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None
+        return (grad * grad_hidden).to(grad_hidden.dtype), grad * grad_weight, None, None, None, None
 
 
 def cross_entropy_sum(

@@ -56,6 +56,7 @@ class OurSteps:
         self._counts = derive_counts(config, world.size)
         torch.manual_seed(config.seed)
         self.engine = build_engine(config, world)
+        self.engine.initialize()
         self._source = open_source(replace(config.data, verify=False), config.seed)
         self._loader = Loader(
             self._source,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -189,8 +188,8 @@ def test_alpha_measured(plan: str, target: float) -> None:
 
 
 def test_alpha_measured_on_a_constant_input_is_the_users_mistake() -> None:
-    config = dataclasses.replace(tiny(plan="dyt"), init=InitConfig(embedding_std=0.0))
-    model = build(config)
+    model = build(tiny(plan="dyt"))
+    torch.nn.init.zeros_(model.embedding.weight)
     with pytest.raises(ConfigError, match=r"blocks\.0\.attn_in has standard deviation 0\.0"):
         measure_alpha(model, lambda: model(tokens()), 1.0)
     assert not any(module._forward_pre_hooks for module in model.modules()), "hooks stay behind"

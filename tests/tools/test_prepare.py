@@ -155,21 +155,22 @@ def test_shards_have_one_size_and_the_dtype_follows_the_vocabulary(
 DRILL = """
 import os, signal, sys
 from pathlib import Path
-from pretrain.data import manifest, packing, preparation
+from pretrain import files
+from pretrain.data import packing, preparation
 from tools import prepare
 
 arguments, kills = sys.argv[1:], 0
 for attempt in range(200):
     child = os.fork()
     if child == 0:
-        commit, calls = manifest.commit, 0
+        commit, calls = files.commit, 0
         def killing(temporary, path):
             global calls
             calls += 1
             if calls == 2 and attempt % 2: os.kill(os.getpid(), signal.SIGKILL)
             commit(temporary, path)
             if calls == 3: os.kill(os.getpid(), signal.SIGKILL)
-        manifest.commit = packing.commit = killing
+        files.commit = packing.commit = killing
         os._exit(prepare.main(arguments))
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status): break
