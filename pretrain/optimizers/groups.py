@@ -15,6 +15,7 @@ from pretrain.optimizers.msgdw import MSGDW, check_range
 
 _DECAYING_ROLES = ("matrix", "embedding", "head")
 _MOMENTUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LARGE_FOR_ADAMW = 0.05  # every weight would move by about this much in every step
 
 
 def build_optimizer(
@@ -97,6 +98,8 @@ def describe(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> list[
         if config.name == "msgdw":
             line += f"  effective step {lr * (1.0 - config.dampening) / (1.0 - config.momentum):g}"
         lines.append(f"{line}  weight decay {decay:g}  effective decay {lr * decay:g} per step")
+    if config.name == "adamw" and config.lr > _LARGE_FOR_ADAMW:
+        lines.append(f"  lr {config.lr:g} is mSGDW's scale; AdamW usually takes 1e-4 to 1e-2: set optimizer.lr too")
     return lines
 
 

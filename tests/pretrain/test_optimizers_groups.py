@@ -156,3 +156,10 @@ def test_mistakes_are_one_clear_line(change: dict, says: str) -> None:
 
 def test_a_large_factor_on_a_role_that_does_not_decay_is_no_mistake() -> None:
     build_optimizer(named(), ROLES, replace(CONFIG, lr_factors={"alpha": 100.0}))
+
+
+@pytest.mark.parametrize(("lr", "warned"), [(1.0, True), (3e-3, False)])
+def test_a_learning_rate_of_the_other_optimizer_is_noticed(lr: float, warned: bool) -> None:
+    config = OptimizerConfig(name="adamw", lr=lr)
+    lines = describe(build_optimizer(named(), ROLES, config), config)
+    assert any("set optimizer.lr too" in line for line in lines) == warned
