@@ -203,10 +203,10 @@ class Trainer:
             return Outcome.DIVERGED
         finally:
             stop.close()
-            self.folder.release()
             console.close()
             if self.metrics is not None:
                 self.metrics.close()
+            self.folder.release()  # last: until here another process would write beside this one
 
     def _due(self, every: int) -> bool:
         """Every so many steps, and at the last."""
