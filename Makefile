@@ -11,7 +11,7 @@ setup: $(INSTALLED)
 $(INSTALLED): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; write make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[report,test,lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,fp8,report,test,lint]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31  # a reference of the tests; its torchvision is not needed
 	touch $@
 

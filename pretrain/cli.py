@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -171,8 +171,8 @@ def type_name(kind: Any) -> str:
     if kind in simple:
         return simple[kind]
     arguments = get_args(kind)
-    if arguments and all(isinstance(a, str) for a in arguments):
-        return " | ".join(arguments)
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, arguments))
     origin = getattr(kind, "__origin__", None)
     if origin is list:
         return "list"

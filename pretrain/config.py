@@ -50,6 +50,14 @@ class TrainConfig:
     z_loss: float = setting(0.0, "coefficient of the mean squared log-partition function (PaLM: 1e-4)")
     loss_chunk: int = setting(2048, "tokens whose logits exist at once", unit="tokens")
     compile: bool = setting(False, "torch.compile every block")
+    activation_checkpointing: Literal["none", "full", "selective"] = setting(
+        "none",
+        "what the backward computes again instead of keeping it; full: whole blocks; selective: all but matrix "
+        "products and attention, or whole blocks here and there (checkpoint_every_block)",
+    )
+    checkpoint_every_block: int | None = setting(
+        None, "selective: every so-manieth block is computed again whole, the others not at all", unit="blocks"
+    )
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,13 @@ class OptimizerConfig:
     momentum: float = setting(0.9, "mSGDW: share of the last update that stays")
     dampening: float = setting(0.0, "mSGDW: the gradient enters the momentum times 1 - dampening")
     nesterov: bool = setting(False, "mSGDW: Nesterov's variant")
-    momentum_dtype: Literal["fp32", "bf16"] = setting("fp32", "mSGDW: storage of the momentum")
     beta1: float = setting(0.9, "AdamW: decay of the first moment")
     beta2: float = setting(0.95, "AdamW: decay of the second moment")
     eps: float = setting(1e-8, "AdamW: added to the denominator")
+    state_dtype: Literal["fp32", "bf16"] = setting("fp32", "storage of the momentum or the moments between steps")
+    state_rounding: Literal["stochastic", "nearest"] = setting(
+        "stochastic", "bf16 states: stochastic is right on average, nearest loses changes below 1/512 of a value"
+    )
 
 
 @dataclass(frozen=True)
@@ -83,19 +94,46 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    engine: Literal["fsdp"] = setting("fsdp", "what shards the model; one process is not sharded")
-    shard: Literal["full", "grad_op"] = setting(
+    engine: Literal["fsdp", "deepspeed"] = setting(
+        "fsdp", "what shards the model: PyTorch's FSDP2, where one process is not sharded, or DeepSpeed's ZeRO"
+    )
+    shard: Literal["full", "grad_op", "hybrid", "replicate"] = setting(
         "full",
-        "full: parameters are gathered for forward and backward each, gradients reduced every micro-batch; "
-        "grad_op: gathered once a micro-batch and reduced once a step, for the memory of whole gradients",
+        "fsdp; full: parameters are gathered for forward and backward each, gradients reduced every micro-batch; "
+        "grad_op: gathered once a micro-batch and reduced once a step, for the memory of whole gradients; hybrid: full "
+        "within groups of shard_size ranks, replicated between them; replicate: every rank has everything",
+    )
+    shard_size: int | None = setting(
+        None, "fsdp hybrid: ranks that share one copy of the model; null: those of one node", unit="ranks"
+    )
+    prefetch: int = setting(
+        1, "fsdp: blocks whose parameters are gathered ahead of the one that computes", unit="blocks"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = setting(
+        2, "deepspeed; shares among the ranks: 1 optimizer state, 2 and gradients, 3 and parameters; 0 nothing"
+    )
+    cpu_offload: bool = setting(
+        False, "the CPU's memory holds optimizer state (deepspeed), and parameters and gradients too (fsdp)"
+    )
+    silence: float = setting(30.0, "a rank not heard from for so long is taken for dead", unit="seconds")
+    timeout: float = setting(
+        600.0, "a run in which no rank makes progress for so long ends, naming the rank behind", unit="seconds"
     )
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
     compute: Literal["fp32", "bf16"] = setting(
-        "fp32", "of matrix products; weights, gains, alphas, reductions and optimizer state stay fp32"
+        "fp32", "of matrix products; master weights, gains, alphas and reductions stay fp32"
     )
+    fp8: Literal["none", "tensorwise", "rowwise", "mxfp8"] = setting(
+        "none", "the blocks' matrix products in 8 bits, with a scale for each tensor, row, or 32 values"
+    )
+    fp8_skip: list[str] = setting(
+        list, "linears that stay in the compute type: names or parts of them, e.g. [attention.out]"
+    )
+    fp8_skip_first: int = setting(0, "first blocks that stay in the compute type", unit="blocks")
+    fp8_skip_last: int = setting(0, "last blocks that stay in the compute type", unit="blocks")
 
 
 @dataclass(frozen=True)
@@ -103,6 +141,7 @@ class CheckpointConfig:
     every: int = setting(0, "0: only at the end", unit="steps")
     keep: int = setting(2, "how many of the newest stay", unit="checkpoints")
     keep_every: int | None = setting(None, "those of every such step stay for good", unit="steps")
+    asynchronous: bool = setting(False, "write in the background, from a copy in the CPU's memory")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -30,12 +31,14 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.loss_chunk",
     "train.compile",
+    "train.activation_checkpointing",
+    "train.checkpoint_every_block",
     "parallel.",
     "checkpoint.",
     "validate.",
     "log.",
 )
-PACKAGES = ("torch", "numpy", "datasets", "sentencepiece", "tensorboard", "pydantic")
+PACKAGES = ("torch", "deepspeed", "torchao", "numpy", "datasets", "sentencepiece", "tensorboard", "pydantic")
 
 
 class RunFolder:
@@ -46,6 +49,7 @@ class RunFolder:
         self._held = ExitStack()
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
+        self.deepspeed = path / "deepspeed.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer.model"
@@ -58,9 +62,11 @@ class RunFolder:
             raise ConfigError(f"{self.path} is not a run's folder: it has no config.yaml") from None
         return build(parse_yaml(text, str(self.config)), str(self.config))
 
-    def claim(self, config: RunConfig, tokenizer: Path, world: World) -> None:
+    def claim(
+        self, config: RunConfig, tokenizer: Path, world: World, deepspeed: Mapping[str, Any] | None = None
+    ) -> None:
         """Make the folder ``config``'s, or check that it is, and hold it against other processes until ``release``.
-        Call on one rank (Ranks.first)."""
+        Call on one rank (Ranks.first). ``deepspeed``: its derived configuration, to be read by a person."""
         try:
             if self.config.exists():
                 self._check_same(config)
@@ -68,7 +74,11 @@ class RunFolder:
             busy = f"another process trains {self.path}: wait until it ends, or write --name for a new run"
             self._held.enter_context(locked(self.path, busy))
             write_atomically(self.config, dump(config).encode())
-            write_atomically(self.environment, json.dumps(environment(world), indent=2).encode() + b"\n")
+            write_atomically(self.environment, _json(environment(world)))
+            if deepspeed:
+                write_atomically(self.deepspeed, _json(deepspeed))
+            else:
+                self.deepspeed.unlink(missing_ok=True)
             write_atomically(self.tokenizer, tokenizer.read_bytes())
         except OSError as error:
             raise ConfigError(f"cannot write the run's folder {self.path}: {error.strerror}") from None
@@ -101,6 +111,10 @@ class RunFolder:
     def last_validation(self) -> dict[str, Any]:
         """The last of the records that has a validation loss; empty if there is none."""
         return next((record for record in reversed(self.records()) if "val_loss" in record), {})
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
 
 
 def _git(*arguments: str) -> str | None:

@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from models.errors import ConfigError, nearest
 from pretrain.config import OptimizerConfig
+from pretrain.optimizers.adamw import CompactAdamW
 from pretrain.optimizers.msgdw import MSGDW, check_range
 
 _DECAYING_ROLES = ("matrix", "embedding", "head")
-_MOMENTUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LARGE_FOR_ADAMW = 0.05  # every weight would move by about this much in every step
 
 
@@ -25,7 +26,8 @@ def build_optimizer(
 
     ``roles`` maps every name of ``named_parameters`` to its role. A group carries, beside torch's own keys,
     ``role``, ``lr_factor``, ``weight_decay`` (0 where the role does not decay) and ``param_names``; its ``lr``
-    is the peak until :func:`set_learning_rate` is called. AdamW is torch's fused one.
+    is the peak until :func:`set_learning_rate` is called. AdamW is torch's fused one, or with bf16 states
+    :class:`CompactAdamW`.
 
     Raises:
         ConfigError: a setting out of range, or a role in ``decay_roles`` or ``lr_factors`` that no parameter has.
@@ -55,8 +57,11 @@ def build_optimizer(
                 f"{config.weight_decay:g} is 1 or more: one step would decay the weights to nothing, lower either"
             )
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            list(groups.values()), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        betas = (config.beta1, config.beta2)
+        if config.state_dtype == "fp32":
+            return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        return CompactAdamW(
+            list(groups.values()), lr=config.lr, betas=betas, eps=config.eps, state_rounding=config.state_rounding
         )
     return MSGDW(
         list(groups.values()),
@@ -64,7 +69,8 @@ def build_optimizer(
         momentum=config.momentum,
         dampening=config.dampening,
         nesterov=config.nesterov,
-        momentum_dtype=_MOMENTUM_DTYPES[config.momentum_dtype],
+        state_dtype=_STATE_DTYPES[config.state_dtype],
+        state_rounding=config.state_rounding,
     )
 
 
@@ -74,25 +80,28 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def describe(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> list[str]:
+def describe(optimizer: torch.optim.Optimizer, config: OptimizerConfig, sizes: Mapping[str, int]) -> list[str]:
     """What the settings amount to at the peak learning rate: a headline, then a line for each role.
 
     The effective step of mSGDW is what a constant gradient is multiplied by in the end,
     lr · (1 - dampening) / (1 - momentum), with and without Nesterov. The effective decay is the share of a
     weight that one step takes away, lr · weight decay. Counts are of the whole model, not of this rank's shard.
     """
+    stored = f"stored in {config.state_dtype}"
+    if config.state_dtype == "bf16":
+        stored += " rounded to nearest" if config.state_rounding == "nearest" else " rounded stochastically"
     if config.name == "adamw":
-        lines = [f"AdamW: betas {config.beta1:g} and {config.beta2:g}, eps {config.eps:g}, lr {config.lr:g}"]
+        betas = f"betas {config.beta1:g} and {config.beta2:g}"
+        lines = [f"AdamW: {betas}, moments {stored}, eps {config.eps:g}, lr {config.lr:g}"]
     else:
         variant = "Nesterov" if config.nesterov else "no Nesterov"
         lines = [
-            f"mSGDW: momentum {config.momentum:g} stored in {config.momentum_dtype}, "
-            f"dampening {config.dampening:g}, {variant}, lr {config.lr:g}"
+            f"mSGDW: momentum {config.momentum:g} {stored}, dampening {config.dampening:g}, {variant}, lr {config.lr:g}"
         ]
     roles = dict.fromkeys(group["role"] for group in optimizer.param_groups)
     for role in roles:
         groups = [group for group in optimizer.param_groups if group["role"] == role]
-        count = sum(parameter.numel() for group in groups for parameter in group["params"])
+        count = sum(sizes[name] for group in groups for name in group["param_names"])
         lr, decay = config.lr * groups[0]["lr_factor"], groups[0]["weight_decay"]
         line = f"  {role:<9}  {count:>13,} parameters  lr {lr:g}"
         if config.name == "msgdw":
@@ -111,6 +120,8 @@ def _validate(config: OptimizerConfig, present: list[str]) -> None:
                 raise ConfigError(
                     f"optimizer.{key} names {role!r}, a role of no parameter of this model: {nearest(role, present)}"
                 )
+    if config.state_dtype not in _STATE_DTYPES:
+        raise ConfigError(f"optimizer.state_dtype is {config.state_dtype!r}: write fp32 or bf16")
     for role, factor in config.lr_factors.items():
         check_range(f"optimizer.lr_factors.{role}", factor)
     check_range("optimizer.lr", config.lr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from models.errors import ConfigError
 from pretrain.config import OptimizerConfig
-from pretrain.optimizers import build_optimizer, describe, set_learning_rate
+from pretrain.optimizers import CompactAdamW, build_optimizer, describe, set_learning_rate
 
 ROLES = {
     "embed.weight": "embedding",
@@ -26,6 +27,7 @@ SHAPES = {
     "norm.weight": (4,),
     "norm.alpha": (1,),
 }
+SIZES = {name: math.prod(shape) for name, shape in SHAPES.items()}
 CONFIG = OptimizerConfig(name="msgdw", lr=0.2, weight_decay=0.1, lr_factors={"alpha": 0.5})
 
 
@@ -80,9 +82,9 @@ def test_only_the_decaying_roles_shrink(name: str) -> None:
 
 
 def test_msgdw_takes_its_settings_and_adamw_is_fused() -> None:
-    config = replace(CONFIG, momentum=0.8, nesterov=True, momentum_dtype="bf16", lr_factors={})
+    config = replace(CONFIG, momentum=0.8, nesterov=True, state_dtype="bf16", lr_factors={})
     optimizer = build_optimizer(named(), ROLES, config)
-    assert optimizer.momentum_dtype == torch.bfloat16
+    assert (optimizer.storage.dtype, optimizer.storage.is_stochastic) == (torch.bfloat16, True)
     assert all(group["momentum"] == 0.8 and group["nesterov"] for group in optimizer.param_groups)
     dampened = build_optimizer(named(), ROLES, replace(CONFIG, dampening=0.3))
     assert all(group["dampening"] == 0.3 for group in dampened.param_groups)
@@ -90,6 +92,15 @@ def test_msgdw_takes_its_settings_and_adamw_is_fused() -> None:
     assert isinstance(adamw, torch.optim.AdamW)
     for group in adamw.param_groups:
         assert (group["fused"], group["betas"], group["eps"]) == (True, (0.8, 0.9), 1e-6)
+    compact = build_optimizer(
+        named(),
+        ROLES,
+        replace(CONFIG, name="adamw", beta1=0.8, beta2=0.9, eps=1e-6, state_dtype="bf16", state_rounding="nearest"),
+    )
+    assert isinstance(compact, CompactAdamW)
+    assert (compact.storage.dtype, compact.storage.is_stochastic) == (torch.bfloat16, False)
+    for group in compact.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
 
 
 def test_set_learning_rate_keeps_the_factors() -> None:
@@ -101,7 +112,7 @@ def test_set_learning_rate_keeps_the_factors() -> None:
 
 def test_describe_prints_the_effective_values() -> None:
     config = replace(CONFIG, dampening=0.5)
-    head, *lines = describe(build_optimizer(named(), ROLES, config), config)
+    head, *lines = describe(build_optimizer(named(), ROLES, config), config, SIZES)
     assert head == "mSGDW: momentum 0.9 stored in fp32, dampening 0.5, no Nesterov, lr 0.2"
     assert [" ".join(line.split()) for line in lines] == [
         "embedding 28 parameters lr 0.2 effective step 1 weight decay 0.1 effective decay 0.02 per step",
@@ -112,8 +123,22 @@ def test_describe_prints_the_effective_values() -> None:
     config = replace(CONFIG, name="adamw")
     optimizer = build_optimizer(named(), ROLES, config)
     set_learning_rate(optimizer, 0.0)  # the description is of the peak, whatever the schedule has done
-    matrix = " ".join(describe(optimizer, config)[2].split())
+    matrix = " ".join(describe(optimizer, config, SIZES)[2].split())
     assert matrix == "matrix 32 parameters lr 0.2 weight decay 0.1 effective decay 0.02 per step"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"state_dtype": "bf16"}, "momentum 0.9 stored in bf16 rounded stochastically, "),
+        ({"state_dtype": "bf16", "state_rounding": "nearest"}, "momentum 0.9 stored in bf16 rounded to nearest, "),
+        ({"name": "adamw"}, "moments stored in fp32, "),
+        ({"name": "adamw", "state_dtype": "bf16"}, "moments stored in bf16 rounded stochastically, "),
+    ],
+)
+def test_describe_says_how_the_state_is_stored(change: dict, says: str) -> None:
+    config = replace(CONFIG, **change)
+    assert says in describe(build_optimizer(named(), ROLES, config), config, SIZES)[0]
 
 
 def test_the_effective_step_is_where_a_constant_gradient_ends() -> None:
@@ -125,7 +150,7 @@ def test_the_effective_step_is_where_a_constant_gradient_ends() -> None:
         for parameter in parameters.values():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-    assert "effective step 1 " in describe(optimizer, config)[1]
+    assert "effective step 1 " in describe(optimizer, config, SIZES)[1]
     assert before - parameters["norm.alpha"].item() == pytest.approx(1.0, abs=1e-4)  # fp32 near -300
 
 
@@ -146,6 +171,9 @@ def test_the_effective_step_is_where_a_constant_gradient_ends() -> None:
         ({"name": "adamw", "beta2": 1.0}, "optimizer.beta2"),
         ({"name": "adamw", "beta1": -0.1}, "optimizer.beta1"),
         ({"name": "adamw", "eps": -1.0}, "optimizer.eps"),
+        ({"name": "adamw", "state_dtype": "fp16"}, "optimizer.state_dtype is 'fp16': write fp32 or bf16"),
+        ({"state_dtype": "fp16"}, "optimizer.state_dtype is 'fp16': write fp32 or bf16"),
+        ({"state_rounding": "up"}, "optimizer.state_rounding is 'up': write stochastic or nearest"),
     ],
 )
 def test_mistakes_are_one_clear_line(change: dict, says: str) -> None:
@@ -161,5 +189,5 @@ def test_a_large_factor_on_a_role_that_does_not_decay_is_no_mistake() -> None:
 @pytest.mark.parametrize(("lr", "warned"), [(1.0, True), (3e-3, False)])
 def test_a_learning_rate_of_the_other_optimizer_is_noticed(lr: float, warned: bool) -> None:
     config = OptimizerConfig(name="adamw", lr=lr)
-    lines = describe(build_optimizer(named(), ROLES, config), config)
+    lines = describe(build_optimizer(named(), ROLES, config), config, SIZES)
     assert any("set optimizer.lr too" in line for line in lines) == warned

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import ConfigError
-from pretrain.optimizers import MSGDW, msgdw
+from pretrain.optimizers import MSGDW, slices
 
 SHAPES = [(3, 2), (1,), (4,), (0, 5)]
 
@@ -84,10 +84,10 @@ def test_every_element_follows_the_formula(
         mu, damp = max(mu, 0.1), 0.0
     held = parameters(torch.float64)
     before = [parameter.detach().clone() for parameter in held]
-    optimizer = MSGDW(held, 0.0, mu, wd, damp, nesterov, momentum_dtype=torch.float64)
+    optimizer = MSGDW(held, 0.0, mu, wd, damp, nesterov, state_dtype=torch.float64)
     seen: list[list[Tensor | None]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(msgdw, "_CHUNK_ELEMENTS", chunk)
+        patch.setattr(slices, "_CHUNK_ELEMENTS_CPU", chunk)
         for step, lr in enumerate(lrs):
             seen.append([None if (step, i) in skips else g for i, g in enumerate(gradients(step, torch.float64))])
             for parameter, gradient in zip(held, seen[-1], strict=True):
@@ -160,7 +160,7 @@ def test_bf16_momentum_is_rounded_once_a_step_and_moves_the_parameter_unrounded(
     held = parameters()
     expected = [parameter.detach().clone() for parameter in held]
     moments = [torch.zeros_like(p, dtype=torch.bfloat16) for p in expected]
-    optimizer = MSGDW(held, 0.1, 0.9, momentum_dtype=torch.bfloat16)
+    optimizer = MSGDW(held, 0.1, 0.9, state_dtype=torch.bfloat16, state_rounding="nearest")
     train(optimizer, range(6))
     for step in range(6):
         for p, m, g in zip(expected, moments, gradients(step), strict=True):
@@ -174,21 +174,21 @@ def test_bf16_momentum_is_rounded_once_a_step_and_moves_the_parameter_unrounded(
         assert torch.equal(stored, m)
 
 
-@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_keeps_every_bit_of_the_momentum(parameter_dtype: torch.dtype, momentum_dtype: torch.dtype) -> None:
+def test_state_dict_keeps_every_bit_of_the_momentum(parameter_dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     held = parameters(parameter_dtype)
-    optimizer = MSGDW(held, 0.1, momentum_dtype=momentum_dtype)
+    optimizer = MSGDW(held, 0.1, state_dtype=state_dtype)
     train(optimizer, range(3))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     copies = parameters(parameter_dtype, seed=7)
-    other = MSGDW(copies, 0.1, momentum_dtype=momentum_dtype)
+    other = MSGDW(copies, 0.1, state_dtype=state_dtype)
     other.load_state_dict(torch.load(file, weights_only=True))
     for parameter, copy in zip(held, copies, strict=True):
         loaded = other.state[copy]["momentum_buffer"]
-        assert loaded.dtype == momentum_dtype
+        assert loaded.dtype == state_dtype
         assert torch.equal(loaded, optimizer.state[parameter]["momentum_buffer"])
 
 
@@ -198,33 +198,33 @@ class Small(nn.Module):
         self.values = nn.ParameterList(parameters())
 
 
-def optimizer_of(model: nn.Module, momentum_dtype: torch.dtype) -> MSGDW:
+def optimizer_of(model: nn.Module, state_dtype: torch.dtype) -> MSGDW:
     held = list(model.named_parameters())
     groups = [
         {"params": held[:2], "weight_decay": 0.1, "role": "matrix", "lr_factor": 1.0},
         {"params": held[2:], "weight_decay": 0.0, "role": "gain", "lr_factor": 1.0},
     ]
-    return MSGDW(groups, 0.1, momentum_dtype=momentum_dtype)
+    return MSGDW(groups, 0.1, state_dtype=state_dtype)
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
-def test_resume_through_distributed_state_dict_is_bitwise(momentum_dtype: torch.dtype, flat: bool) -> None:
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_resume_through_distributed_state_dict_is_bitwise(state_dtype: torch.dtype, flat: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     whole = Small()
-    train(optimizer_of(whole, momentum_dtype), range(6))
+    train(optimizer_of(whole, state_dtype), range(6))
 
     first = Small()
-    optimizer = optimizer_of(first, momentum_dtype)
+    optimizer = optimizer_of(first, state_dtype)
     get_optimizer_state_dict(first, optimizer)  # a look before the first step must not change the run
     train(optimizer, range(3))
     saved = get_optimizer_state_dict(first, optimizer, options=options)
 
     second = Small()
     second.load_state_dict(first.state_dict())
-    resumed = optimizer_of(second, momentum_dtype)
+    resumed = optimizer_of(second, state_dtype)
     set_optimizer_state_dict(second, resumed, saved, options=options)
-    assert all(state["momentum_buffer"].dtype == momentum_dtype for state in resumed.state.values())
+    assert all(state["momentum_buffer"].dtype == state_dtype for state in resumed.state.values())
     assert [group["role"] for group in resumed.param_groups] == ["matrix", "gain"]
     train(resumed, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
@@ -240,9 +240,9 @@ class RefuseReadback(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
-def test_step_reads_nothing_back(momentum_dtype: torch.dtype) -> None:
-    optimizer = MSGDW(parameters(), 0.1, 0.9, 0.1, nesterov=True, momentum_dtype=momentum_dtype)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_step_reads_nothing_back(state_dtype: torch.dtype) -> None:
+    optimizer = MSGDW(parameters(), 0.1, 0.9, 0.1, nesterov=True, state_dtype=state_dtype)
     with RefuseReadback():
         train(optimizer, range(2))
         with pytest.raises(AssertionError):

@@ -34,8 +34,17 @@ MAY_CHANGE = {
     "train.micro_batch",
     "train.loss_chunk",
     "train.compile",
+    "train.activation_checkpointing",
+    "train.checkpoint_every_block",
     "parallel.engine",
     "parallel.shard",
+    "parallel.shard_size",
+    "parallel.prefetch",
+    "parallel.zero_stage",
+    "parallel.cpu_offload",
+    "parallel.silence",
+    "parallel.timeout",
+    "checkpoint.asynchronous",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_every",
@@ -61,7 +70,7 @@ def changed(key: str) -> RunConfig | None:
     for section in sections:
         node = getattr(node, section)
     now, kind = getattr(node, leaf), KEYS[key][1]
-    choices = [choice for choice in get_args(kind) if isinstance(choice, str) and choice != now]
+    choices = [choice for choice in get_args(kind) if isinstance(choice, str | int) and choice != now]
     first = next((kind for kind in (kind, *get_args(kind)) if kind in (bool, int, float, str)), None)
     other: Any
     if choices:
