@@ -1,7 +1,7 @@
 """First values of every parameter, by role, the same tensor for tensor under any world size and engine.
 
-torch's own initialization of a sharded tensor draws the same shard on every rank; here each parameter is drawn whole
-from a generator of its own, seeded by (seed, parameter name), and a rank keeps its part.
+torch's own initialization of a sharded tensor draws the same shard on every rank; here each parameter is drawn from
+generators of its own, seeded by (seed, parameter name, place in the parameter), and a rank draws its part.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.config import AlphaConfig, ModelConfig
 from models.errors import ConfigError
 from models.plan import ATTENTION_SITES
 from models.roles import Role, parameter_roles
+
+_PORTION = 2**22  # elements, 16 MiB
 
 OUTPUT_PROJECTIONS = ("attention.out", "feedforward.down")
 
@@ -63,47 +65,80 @@ def _std(name: str, role: Role, shape: torch.Size, config: ModelConfig) -> float
     return std
 
 
-def _first_value(name: str, role: Role, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    full = torch.empty(shape)
+def first_rows(name: str, role: Role, shape: torch.Size, rows: range, config: ModelConfig, seed: int) -> Tensor:
+    """Rows (indices of the first axis) of the first value of the parameter ``name`` of ``shape``, fp32 on the CPU.
+
+    Random ones are drawn in portions of about ``_PORTION`` elements, each from a generator of its own, so that a
+    rank pays for its own rows, and nobody ever holds a large parameter whole.
+    """
+    part = torch.empty(len(rows), *shape[1:])
     if role in ("matrix", "embedding", "head"):
+        _draw(part, name, shape, rows, _std(name, role, shape, config), config.init.distribution, seed)
+    elif role == "gain":
+        part.fill_(1.0)
+    elif role == "alpha":
+        part.fill_(initial_alpha(name.split(".")[-2], config.width, config.alpha))
+    elif role == "scale":
+        part.fill_(math.sqrt(config.width))
+    else:  # bias, shift
+        part.zero_()
+    return part
+
+
+def _draw(part: Tensor, name: str, shape: torch.Size, rows: range, std: float, distribution: str, seed: int) -> None:
+    portion = max(1, _PORTION // math.prod(shape[1:]))
+    for begin in range(rows.start // portion * portion, rows.stop, portion):
         # seed and name in 32 bits together: torch's CPU generator ignores all above them
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        std = _std(name, role, shape, config)
-        if config.init.distribution == "trunc_normal":
-            return nn.init.trunc_normal_(full, std=std, a=-2 * std, b=2 * std, generator=generator)
-        return full.normal_(std=std, generator=generator)
-    if role == "gain":
-        return full.fill_(1.0)
-    if role == "alpha":
-        return full.fill_(initial_alpha(name.split(".")[-2], config.width, config.alpha))
-    if role == "scale":
-        return full.fill_(math.sqrt(config.width))
-    return full.zero_()  # bias, shift
+        key = f"{seed} {name}" if begin == 0 else f"{seed} {name} {begin}"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        drawn = torch.empty(min(portion, shape[0] - begin), *shape[1:])
+        if distribution == "trunc_normal":
+            nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
+        else:
+            drawn.normal_(std=std, generator=generator)
+        first, last = max(rows.start, begin), min(rows.stop, begin + len(drawn))
+        part[first - rows.start : last - rows.start] = drawn[first - begin : last - begin]
 
 
-@torch.no_grad()
-def assign(parameter: Tensor, full: Tensor) -> None:
-    """Write ``full`` into ``parameter``; a sharded one takes its part, without communication."""
-    if isinstance(parameter, DTensor):
-        full = full.to(parameter.device)
-        # src_data_rank=None: every rank holds the same full tensor already
-        part = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
-    else:
-        parameter.copy_(full)
+def own_rows(parameter: Tensor) -> range:
+    """The rows that this process holds: all of a plain tensor, its chunk of a DTensor sharded along the first axis."""
+    count = parameter.shape[0]
+    if not isinstance(parameter, DTensor):
+        return range(count)
+    coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None, "this process is in the mesh"
+    rows = range(count)
+    for dimension, placement in enumerate(parameter.placements):
+        if isinstance(placement, Replicate):
+            continue
+        assert placement == Shard(0), "sharded along the first axis"
+        rows = chunk_of(rows, coordinate[dimension], parameter.device_mesh.size(dimension))
+    return rows
+
+
+def chunk_of(rows: range, index: int, count: int) -> range:
+    """The chunk with this index of ``count``, as torch.chunk and DTensor cut: the last ones may be short or empty."""
+    size = -(-len(rows) // count)
+    return rows[index * size :][:size]
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Give every parameter of a materialized model, sharded or not, its first value."""
+    """Give every parameter of a materialized model, sharded or not, its first value, without communication."""
     roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
-        assign(parameter, _first_value(name, roles[name], parameter.shape, config, seed))
+        part = first_rows(name, roles[name], parameter.shape, own_rows(parameter), config, seed)
+        _write_own(parameter, part)
+
+
+def _write_own(parameter: Tensor, part: Tensor) -> None:
+    (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(part)
 
 
 @torch.no_grad()
 def measure_alpha(model: nn.Module, forward: Callable[[], object], target: float) -> dict[str, float]:
-    """Set every alpha to ``target`` / (standard deviation of its site's input), in one forward pass, and return them.
+    """Set every alpha to ``target`` / (standard deviation of its site's input), in one forward pass, and return them
+    by site.
 
     Sites are set in the order in which ``forward`` reaches them, so that each is measured with those before it
     already in place. All ranks must run the same batch, so that they agree.
@@ -122,7 +157,7 @@ def measure_alpha(model: nn.Module, forward: Callable[[], object], target: float
                         "rule, or check model.init for weights that start at zero"
                     )
                 measured[name] = target / std
-                module.alpha.fill_(measured[name])  # type: ignore[operator]  # of this forward, if sharded
+                module.alpha.fill_(target / std)  # type: ignore[operator]
 
             handles.append(module.register_forward_pre_hook(measure))
     try:
@@ -131,5 +166,6 @@ def measure_alpha(model: nn.Module, forward: Callable[[], object], target: float
         for handle in handles:
             handle.remove()
     for name, alpha in measured.items():
-        assign(parameters[f"{name}.alpha"], torch.full((1,), alpha))
+        parameter = parameters[f"{name}.alpha"]
+        _write_own(parameter, torch.full((len(own_rows(parameter)),), alpha))
     return measured

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         # Imported here, so that --help and a mistake in the configuration answer at once.
         from pretrain.trainer import Outcome, Trainer
 
-        with joined(config.device) as world:
+        with joined(config.device, config.parallel) as world:
             trainer = Trainer(config, world)
             outcome = trainer.run()
             if world.is_main and outcome is Outcome.FINISHED:

@@ -11,29 +11,53 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
 from models.errors import ConfigError
+from pretrain.config import ParallelConfig
+from pretrain.watchdog import Phase, Watchdog
+
+_MARGIN = 60.0  # seconds that torch's own timeout is longer than the watch's, which can name the rank
 
 
 @dataclass(frozen=True)
 class World:
     """One process's place. ``control`` is a gloo group for decisions, so that agreeing never waits for the device;
-    it is None in a single process."""
+    it is None in a single process, which has no ``watchdog`` either. ``local_size``: ranks on this node; None: all."""
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    watchdog: Watchdog | None = None
+    local_size: int | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def at(self, step: int, phase: Phase) -> None:
+        """Let the other ranks know what this one is about to do, in which step (from 1)."""
+        if self.watchdog is not None:
+            self.watchdog.at(step, phase)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks of a tensor on the device, in place; no host synchronization."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+def group_of_one(world: World) -> None:
+    """A process group for a single process, for libraries that know of nothing less. ``joined`` destroys it."""
+    if world.size == 1 and not dist.is_initialized():
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        dist.init_process_group(_backend(world.device), store=HashStore(), rank=0, world_size=1)
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def rank_in_environment() -> int:
@@ -51,10 +75,11 @@ def _device(wanted: str) -> torch.device:
 
 
 @contextmanager
-def joined(device: str, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+def joined(device: str, parallel: ParallelConfig | None = None) -> Iterator[World]:
     """Join the ranks that torchrun started, or be the only one; leave on exit.
 
-    ``device`` is auto, cpu or cuda. Collectives that outlast ``timeout`` raise, so that a dead rank is no hang.
+    ``device`` is auto, cpu or cuda. With ``parallel`` the ranks watch each other: if one dies or hangs, all end. An
+    error leaves this context only where it is a rank's own. Without, collectives that outlast ten minutes raise.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
@@ -64,12 +89,26 @@ def joined(device: str, timeout: timedelta = timedelta(minutes=10)) -> Iterator[
     place = _device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(0, 1, place)
+        try:
+            yield World(0, 1, place)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
         return
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    timeout = timedelta(minutes=10) if parallel is None else timedelta(seconds=parallel.timeout + _MARGIN)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(_backend(place), store=store, rank=rank, world_size=size, timeout=timeout)
+    watchdog = None if parallel is None else Watchdog(store, rank, size, parallel.silence, parallel.timeout)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     try:
-        yield World(dist.get_rank(), size, place, dist.new_group(backend="gloo", timeout=timeout))
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        yield World(rank, size, place, control, watchdog, local)
         dist.barrier()
+    except BaseException as error:
+        if watchdog is not None:
+            watchdog.failed(error)
+        raise
     finally:
+        if watchdog is not None:
+            watchdog.leave()
         dist.destroy_process_group()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 import zlib
+from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from models import ConfigError, parameter_roles
 from pretrain.agreement import Ranks
 from pretrain.batch import make_batch
-from pretrain.checkpoint import Checkpointer, restore_rng_state, rng_state
+from pretrain.checkpoint import Checkpointer, Saver, restore_rng_state, rng_state
 from pretrain.config import RunConfig
 from pretrain.control import StopRequest
 from pretrain.counts import derive_counts
@@ -61,7 +62,9 @@ class Trainer:
         self.world = world
         self.ranks = Ranks(world.control)
         self.ranks.each(lambda: self._assemble(config))
-        self.ranks.first(lambda: self.folder.claim(self.config, self.source.tokenizer_path, world))
+        self.ranks.first(
+            lambda: self.folder.claim(self.config, self.source.tokenizer_path, world, self.engine.settings)
+        )
         try:
             self._begin()
         except BaseException:
@@ -85,12 +88,16 @@ class Trainer:
 
     def _begin(self) -> None:
         config, world, keep = self.config, self.world, self.config.checkpoint
-        self.checkpointer = Checkpointer(self.folder.checkpoints, keep.keep, keep.keep_every, world.control)
+        # Of its own, so that a save beside the training never comes between what the loop agrees on. A slow disk is no
+        # failure, and a rank that is gone is the watchdog's business.
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world.size > 1 else None
+        self.checkpointer = Checkpointer(self.folder.checkpoints, keep.keep, keep.keep_every, group)
         self.step = 0
         self.data_state = self.source.state()
         self.validation: Evaluation | None = None
         self._resume()
         self.console = open_console(self.counts.steps, self.step, world.rank)
+        self.saver = Saver(self.checkpointer, keep.asynchronous, self.console.message)
         if self.step == 0 and config.model.alpha.rule == "measured":
             self._measure_alpha()
         self.metrics = self.ranks.each(self._open_metrics)
@@ -136,7 +143,7 @@ class Trainer:
 
     def _announce(self) -> None:
         counts, roles = self.counts, parameter_roles(self.engine.model)
-        sizes = {name: p.numel() for name, p in self.engine.model.named_parameters()}
+        sizes = {name: shape.numel() for name, shape in self.engine.shapes.items()}
         matrices = sum(n for name, n in sizes.items() if roles[name] in ("matrix", "head"))
         if self.config.model.is_tied:
             matrices += self.config.model.vocabulary * self.config.model.width
@@ -150,7 +157,7 @@ class Trainer:
             f"{counts.steps} steps of {counts.batch_tokens:,} tokens = {counts.sequences} sequences = "
             f"{counts.world_size} ranks x {counts.accumulation} micro-batches x {counts.micro_batch}"
         )
-        for line in describe(self.engine.optimizer, self.config.optimizer):
+        for line in [*self.engine.describe(), *describe(self.engine.optimizer, self.config.optimizer, sizes)]:
             say(line)
         if self.step:
             say(f"going on after step {self.step}")
@@ -164,7 +171,7 @@ class Trainer:
 
     def run(self) -> Outcome:
         config, counts, console = self.config, self.counts, self.console
-        stop = StopRequest(self.world)
+        stop = StopRequest(self.world, failed=lambda: self.saver.failed)
         loader = Loader(
             self.source,
             batch_size=counts.sequences,
@@ -175,10 +182,12 @@ class Trainer:
             pin_memory=self.world.device.type == "cuda",
         )
         try:
-            with loader:
+            with loader, self.saver:
                 self.throughput.start(self.step)
                 while self.step < counts.steps:
+                    self.world.at(self.step + 1, "data")
                     rows = next(loader)
+                    self.world.at(self.step + 1, "step")
                     loss, norm = train_step(
                         self.engine, rows.tokens, self.step, config, counts, self.world, self.source.eos
                     )
@@ -202,11 +211,12 @@ class Trainer:
             console.message(str(diverged))
             return Outcome.DIVERGED
         finally:
-            stop.close()
             console.close()
             if self.metrics is not None:
                 self.metrics.close()
-            self.folder.release()  # last: until here another process would write beside this one
+            stop.close()  # waits for all ranks, one of which may be gone
+            if not self.saver.busy:  # else what writes on unheeded holds the folder until the process ends
+                self.folder.release()  # last: until here another process would write beside this one
 
     def _due(self, every: int) -> bool:
         """Every so many steps, and at the last."""
@@ -240,6 +250,7 @@ class Trainer:
         return value
 
     def _validate(self, rows: RankBatch) -> dict[str, Any]:
+        self.world.at(self.step, "validation")
         record: dict[str, Any] = {}
         with self.throughput.paused():
             if self.source.validation is not None:
@@ -268,9 +279,7 @@ class Trainer:
 
     def _save(self, loss: Tensor, norm: Tensor) -> None:
         """Commit a checkpoint of what is trained so far; weights that are no longer finite are not worth one."""
+        self.world.at(self.step, "checkpoint")
         self._finite(loss, norm)
-        extras = {"data": self.data_state}
         with self.throughput.paused():
-            started = time.monotonic()
-            self.checkpointer.save(self.step, self.engine.tensors(), extras, rng_state())
-            self.console.message(f"checkpoint of step {self.step} committed in {time.monotonic() - started:.1f} s")
+            self.saver.save(self.step, self.engine.tensors, {"data": self.data_state}, rng_state())

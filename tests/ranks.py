@@ -22,7 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PRELOAD = ["pytest", "hypothesis", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", __name__]
+_PRELOAD = ["pytest", "hypothesis", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "deepspeed"]
+_PRELOAD += [__name__]
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
 _GRACE = 10.0  # seconds for the other ranks to say what they saw once one has failed
 
 

@@ -16,8 +16,6 @@ import io
 import pathlib
 import pickle
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -36,11 +34,13 @@ from torch.futures import Future
 
 from models.errors import ConfigError
 
+# A single process is fine. Once and for all: warnings.catch_warnings would not be safe in a thread beside the training.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
 
 def save_tensors(path: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     """Collective. Writes and syncs this rank's shards as ``__RANK_0.distcp``; rank 0 writes ``.metadata`` too."""
-    with _single_process_is_fine():
-        save(tensors, storage_writer=_Writer(path), process_group=group, no_dist=group is None)
+    save(tensors, storage_writer=_Writer(path), process_group=group, no_dist=group is None)
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -56,14 +56,13 @@ def load_tensors(path: Path, metadata: Metadata, tensors: dict[str, Any], group:
     Raises ConfigError, before anything is written to, if a name, shape or dtype differs (wrapped by DCP in a
     CheckpointException that `Ranks.together` opens).
     """
-    with _single_process_is_fine():
-        load(
-            tensors,
-            storage_reader=_Reader(path, metadata),
-            planner=_Planner(path),
-            process_group=group,
-            no_dist=group is None,
-        )
+    load(
+        tensors,
+        storage_reader=_Reader(path, metadata),
+        planner=_Planner(path),
+        process_group=group,
+        no_dist=group is None,
+    )
 
 
 def bytes_of(tensors: object) -> int:
@@ -73,17 +72,16 @@ def bytes_of(tensors: object) -> int:
     return sum(map(bytes_of, tensors.values())) if isinstance(tensors, dict) else 0
 
 
-@contextmanager
-def _single_process_is_fine() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
-
-
 class _Writer(FileSystemWriter):
     def __init__(self, path: Path) -> None:
-        # One thread: with more, DCP loses an exception raised in any but the first.
-        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1, overwrite=False)
+        super().__init__(
+            path,
+            single_file_per_rank=True,
+            sync_files=True,
+            thread_count=1,  # with more, DCP loses an exception raised in any but the first
+            per_thread_copy_ahead=0,  # else DCP waits for a GPU, the first of the node where a thread of ours calls it
+            overwrite=False,
+        )
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:

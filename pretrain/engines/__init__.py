@@ -8,7 +8,11 @@ from pretrain.engines.protocol import Engine
 
 
 def build_engine(config: RunConfig, world: World) -> Engine:
-    """The engine that ``parallel.engine`` names, its model initialized."""
+    """The engine that ``parallel.engine`` names, its model still without values."""
+    if config.parallel.engine == "deepspeed":
+        from pretrain.engines.deepspeed import DeepSpeedEngine  # an optional package, and seconds to import
+
+        return DeepSpeedEngine(config, world)
     return FSDPEngine(config, world)
 
 

@@ -2,106 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from models import Transformer, parameter_roles
-from models.initialization import initialize, measure_alpha
+from models import parameter_roles
+from models.errors import ConfigError
+from models.initialization import initialize
 from pretrain.batch import Batch
-from pretrain.config import RunConfig
+from pretrain.config import ParallelConfig, RunConfig
 from pretrain.distributed import World
-from pretrain.engines.compiling import compile_blocks, require_compiler
+from pretrain.engines.float8 import BytewiseAllGather, is_gathered_in_float8, plain, refresh_scales
+from pretrain.engines.model import ModelEngine
 from pretrain.optimizers import build_optimizer, set_learning_rate
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
+# Of these every rank holds all: they are a ten-thousandth of the model, and FSDP has one dtype for a whole group of
+# parameters, while these stay fp32 when matrices are gathered in bf16. Their gradients take one all-reduce a step.
+_REPLICATED_ROLES = ("gain", "shift", "alpha", "scale")
 
-class FSDPEngine:
-    """Parameters, gradients and optimizer state in fp32, sharded over all ranks; matrix products in the compute
-    dtype by autocast, so that gains and alphas meet fp32 arithmetic whatever the precision."""
+
+class FSDPEngine(ModelEngine):
+    """Master weights, gradients and optimizer state in fp32, matrices sharded over the ranks block by block.
+
+    In bf16 a block's matrices are gathered in bf16 and their gradients reduced in fp32. Embedding and head are
+    gathered in fp32: the first feeds the residual stream, the second's gradient is a sum over all tokens.
+    """
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self._config = config
-        self._world = world
-        with torch.device("meta"):
-            model = Transformer(config.model)
-        if config.train.compile:
-            compile_blocks(model.blocks, world.device)
-        elif config.data.document_mask and world.device.type == "cuda":
-            require_compiler(world.device)  # FlexAttention is compiled in any case
+        super().__init__(config, world)
+        model, roles = self.model, parameter_roles(self.model)
         if world.size > 1:
-            mesh = init_device_mesh(world.device.type, (world.size,))
-            again = config.parallel.shard == "full"
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh, reshard_after_forward=again)
-            # The root's own, embedding and head, would be gathered again at once: the backward begins with them.
-            fully_shard(model, mesh=mesh, reshard_after_forward=False)
-        model.to_empty(device=world.device)
-        self.model: nn.Module = model
-        self.optimizer = build_optimizer(dict(model.named_parameters()), parameter_roles(model), config.optimizer)
+            ignored = {p for name, p in model.named_parameters() if roles[name] in _REPLICATED_ROLES}
+            _shard(model, device_mesh(config.parallel, world), config, ignored)
+        model.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
+        parameters = dict(model.named_parameters())
+        self._replicated: list[nn.Parameter] = []
+        if world.size > 1:
+            self._replicated = [p for name, p in parameters.items() if roles[name] in _REPLICATED_ROLES]
+            for parameter in self._replicated:  # never offloaded
+                parameter.data = parameter.data.to(world.device)
+        self._gathers_float8 = any(is_gathered_in_float8(p) for p in parameters.values())
+        if self._gathers_float8 and world.device.type == "cpu":
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_custom_all_gather(cast(Any, BytewiseAllGather()))
+        self.optimizer = build_optimizer(parameters, roles, config.optimizer)
 
-    def _compute(self) -> AbstractContextManager[None]:
-        bf16 = self._config.precision.compute == "bf16"
-        return torch.autocast(self._world.device.type, torch.bfloat16, enabled=bf16)
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        train = self._config.train
-        with self._compute():
-            return self.model(batch.inputs, batch.targets, batch.documents, train.z_loss, train.loss_chunk)
+    def describe(self) -> list[str]:
+        parallel, size = self._config.parallel, self._world.size
+        if size == 1:
+            return super().describe()
+        how = f"fsdp: {parallel.shard}"
+        if parallel.shard == "hybrid":
+            group = shard_size(parallel, self._world)
+            how += f", {size // group} replicas sharded over {group} ranks each"
+        return [how + (", offloaded to the CPU" if parallel.cpu_offload else ""), *super().describe()]
 
     def initialize(self) -> None:
         initialize(self.model, self._config.model, self._config.seed)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._gathers_float8:
+            refresh_scales(self.model)
 
     def accumulate(self, batch: Batch, targets: Tensor, last: bool) -> Tensor:
-        sharded = isinstance(self.model, FSDPModule)
-        if sharded:
-            # Reducing only once saves communication and costs every rank a whole model of gradients.
-            once = self._config.parallel.shard == "grad_op"
-            cast(FSDPModule, self.model).set_requires_gradient_sync(last or not once)
-        objective, nll = self._loss(batch)
-        # FSDP averages gradients over the ranks; the objective is a sum over all of them.
-        (objective * (self._world.size / targets)).backward()
+        if isinstance(self.model, FSDPModule):
+            # Reducing only once saves communication and, but for replicated parameters, costs every rank a whole
+            # model of gradients. Between replicas once is always enough.
+            shard = self._config.parallel.shard
+            self.model.set_requires_gradient_sync(last or shard in ("full", "hybrid"))
+            self.model.set_requires_all_reduce(last)
+        objective, nll = self._objective(batch, targets)
+        objective.backward()
+        if last:
+            average_gradients(self._replicated, self._world)
         return nll
 
     def step(self, lr: float) -> Tensor:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = _total_norm([cast(Tensor, p.grad) for p in parameters]).to(self._world.device)
         if self._config.train.clip is not None:
-            clip_grads_with_norm_(parameters, self._config.train.clip, norm)
+            _clip(parameters, self._config.train.clip, norm)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._refresh()
         return norm
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Tensor:
-        self.model.eval()
-        nll = self._loss(batch)[1]
-        self.model.train()
-        return nll
-
-    def measure_alpha(self, batch: Batch, target: float) -> dict[str, float]:
-        return measure_alpha(self.model, lambda: self.evaluate(batch), target)
-
-    def observe(self, batch: Batch, watch: Callable[[nn.Module], Any]) -> Any:
-        with watch(self.model) as seen:
-            self.evaluate(batch)
-        return seen
 
     def tensors(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer, options=_OPTIONS)
-        return {"model": model, "optimizer": optimizer}
+        return {"model": {name: plain(tensor) for name, tensor in model.items()}, "optimizer": optimizer}
 
     def restore(self, tensors: dict[str, Any]) -> None:
         set_state_dict(
@@ -111,3 +112,86 @@ class FSDPEngine:
             optim_state_dict=tensors["optimizer"],
             options=_OPTIONS,
         )
+        self._refresh()
+
+
+def shard_size(parallel: ParallelConfig, world: World) -> int:
+    """Ranks that share one copy of the model."""
+    if parallel.shard == "replicate":
+        return 1
+    if parallel.shard != "hybrid":
+        return world.size
+    size = (world.local_size or world.size) if parallel.shard_size is None else parallel.shard_size
+    if size < 1 or world.size % size:
+        near = max(d for d in range(1, world.size + 1) if world.size % d == 0 and d <= max(1, size))
+        raise ConfigError(f"parallel.shard_size {size} does not divide the {world.size} ranks: write {near}")
+    return size
+
+
+def device_mesh(parallel: ParallelConfig, world: World) -> DeviceMesh:
+    """One dimension for full sharding; (replicas, ranks of one replica) for the others. Ranks of a node are
+    neighbours, so that with the default size only gradients' all-reduce leaves the node."""
+    size = shard_size(parallel, world)
+    if parallel.shard in ("full", "grad_op"):
+        return init_device_mesh(world.device.type, (size,))
+    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh, config: RunConfig, ignored: set[nn.Parameter]) -> None:
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "ignored_params": ignored,
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        if config.parallel.cpu_offload
+        else OffloadPolicy(),
+    }
+    policy = MixedPrecisionPolicy()
+    if config.precision.compute == "bf16":  # inputs stay as they are: the residual stream is bf16, RoPE's tables fp32
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    blocks = cast(Iterable[nn.Module], model.get_submodule("blocks"))
+    again = config.parallel.shard != "grad_op"
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=again, mp_policy=policy, **settings)
+    # The root's own, embedding and head, would be gathered again at once: the backward begins with them.
+    root = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(model, reshard_after_forward=False, mp_policy=root, **settings)
+    _prefetch([cast(FSDPModule, block) for block in blocks], config.parallel.prefetch)
+
+
+def _prefetch(blocks: list[FSDPModule], count: int) -> None:
+    """While a block computes, the next ``count`` are gathered; FSDP itself knows only of the next one, and in the
+    forward only as far as the host is ahead of the device."""
+    if count < 1:
+        raise ConfigError(f"parallel.prefetch is {count}: write 1 or more blocks")
+    for index, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + count])
+        block.set_modules_to_backward_prefetch(blocks[max(0, index - count) : index][::-1])
+
+
+def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """Over all ranks, in place, by one all-reduce; no host synchronization."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world.size
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=True)])
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together: those of each mesh, and the plain ones, make a norm of their own first."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        kinds.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    norms = [get_total_norm(group) for group in kinds.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]))
+
+
+def _clip(parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:
+    for kind in (True, False):
+        group = [p for p in parameters if isinstance(p, DTensor) == kind]
+        if group:
+            clip_grads_with_norm_(group, largest, norm)

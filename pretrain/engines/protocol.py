@@ -16,6 +16,11 @@ class Engine(Protocol):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    shapes: dict[str, torch.Size]  # of every parameter as a whole, by its canonical name
+    settings: dict[str, Any]  # of the library behind it, derived from the configuration; empty if it has none
+
+    def describe(self) -> list[str]:
+        """What the settings amount to, for the start of a run: a line each."""
 
     def initialize(self) -> None:
         """First weights, the same tensor for tensor under any world size and engine."""

@@ -1,8 +1,4 @@
-"""Saves that are killed, refused or starved at every single operation on the disk.
-
-Python audits each open, mkdir, rename and unlink, and fsync is wrapped, so the tests interrupt the product's own code
-at its n-th operation, for every n, without a hook in it.
-"""
+"""Saves that are killed, refused or starved at every single operation on the disk: at the n-th one, for every n."""
 
 from __future__ import annotations
 
@@ -11,8 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +17,8 @@ import torch.distributed as dist
 
 from models.errors import ConfigError
 from pretrain.checkpoint import Checkpointer
+from tests.disk import Fault, watch
 from tests.ranks import RankError, fork_server, run_ranks
-
-AUDITED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
 def state(step: int, elements: int = 5) -> dict[str, Any]:
@@ -65,25 +59,6 @@ def uncommitted(folder: Path) -> list[str]:
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("pretrain")]
-
-
-def watch(folder: Path, see: Callable[[str, str], None]) -> None:
-    """Calls ``see(operation, path)`` at each operation of this process in ``folder``, from now to its end."""
-    inside = str(folder)
-    fsync = os.fsync
-
-    def audit(event: str, args: tuple[Any, ...]) -> None:
-        if event in AUDITED and str(args[0]).startswith(inside):
-            see(event, str(args[0]))
-
-    def watched_fsync(fd: Any) -> None:
-        path = os.readlink(f"/proc/self/fd/{fd}")
-        see("fsync", path)
-        fsync(fd)
-        see("synced", path)
-
-    os.fsync = watched_fsync
-    sys.addaudithook(audit)
 
 
 def killed_save(folder: Path, moment: int) -> None:
@@ -151,19 +126,6 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path) -> None:
     # DCP syncs its map under a passing name.
     assert {path.removesuffix(".tmp") for path in synced} == {partial, *files}
     assert ("synced", str(tmp_path)) in operations[renamed:]
-
-
-class Fault:
-    """An OSError at the n-th operation of this process in a folder."""
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self.number, self.left = number, 0
-        watch(folder, self)
-
-    def __call__(self, operation: str, path: str) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise OSError(self.number, os.strerror(self.number), path)
 
 
 def fail_everywhere(root: Path, faulty_rank: int, number: int) -> list[tuple[str | None, int]]:

@@ -89,5 +89,25 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert run_ranks(stopped_at, world_size, number, struck, when) == [(when + 2, when + 2)] * world_size
 
 
+def failed_at(struck: int, when: int) -> int:
+    """The step before which this rank stopped after work beside rank ``struck``'s loop failed in step ``when``."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, torch.device("cpu"), dist.new_group(backend="gloo") if size > 1 else None)
+    now = 0
+    stop = StopRequest(world, failed=lambda: rank == struck and now > when)
+    try:
+        while now < 20 and not stop.agreed():
+            now += 1
+        return now
+    finally:
+        stop.close()
+
+
+@pytest.mark.parametrize(("world_size", "struck"), [(1, 0), (3, 2)])
+def test_a_failure_that_one_rank_knows_of_stops_all_at_the_same_step(world_size: int, struck: int) -> None:
+    # As above; alone, nothing has to be sent first.
+    assert run_ranks(failed_at, world_size, struck, 5) == [6 if world_size == 1 else 7] * world_size
+
+
 def test_without_a_signal_nobody_stops() -> None:
     assert run_ranks(stopped_at, 2, signal.SIGTERM, 0, 1000) == [(99, 20)] * 2

@@ -40,10 +40,10 @@ def _same_checkpoints(one: Path, other: Path) -> None:
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("optimizer", ["msgdw", "adamw"])
-def test_twenty_kills_leave_no_trace(corpus: Path, tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(("optimizer", "asynchronous"), [("msgdw", False), ("adamw", False), ("adamw", True)])
+def test_twenty_kills_leave_no_trace(corpus: Path, tmp_path: Path, optimizer: str, asynchronous: bool) -> None:
     update = {"optimizer": {"name": optimizer, "lr": 0.1 if optimizer == "msgdw" else 0.003}}
-    config = write_config(tmp_path, corpus, LONG, update)
+    config = write_config(tmp_path, corpus, LONG, update, {"checkpoint": {"asynchronous": asynchronous}})
     quiet, struck = tmp_path / "quiet/small", tmp_path / "struck/small"
     errors = tmp_path / "errors.txt"
     context = fork_server()
@@ -57,7 +57,7 @@ def test_twenty_kills_leave_no_trace(corpus: Path, tmp_path: Path, optimizer: st
     process.join(120)
     assert process.exitcode == 0, errors.read_text()
 
-    chance = random.Random(optimizer)
+    chance = random.Random(f"{optimizer} {asynchronous}")
     kills = 0
     for _ in range(3 * KILLS):
         before = committed_steps(struck) if struck.exists() else []

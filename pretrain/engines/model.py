@@ -1,0 +1,98 @@
+"""What every engine does with the model alike: prepares it, passes it batches, looks into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import Transformer
+from models.initialization import measure_alpha
+from pretrain.batch import Batch
+from pretrain.config import RunConfig
+from pretrain.distributed import World
+from pretrain.engines.combinations import refuse_impossible
+from pretrain.engines.compiling import compile_blocks, require_compiler
+from pretrain.engines.float8 import convert_linears
+from pretrain.engines.recomputation import checkpoint_activations
+
+
+class ModelEngine:
+    """The model on the meta device, its linears, blocks and compilation as configured; sharding comes after.
+
+    ``model`` has the canonical names; ``_forward`` is what a batch goes through, the model or its wrapper.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        refuse_impossible(config, world)
+        self._config = config
+        self._world = world
+        with torch.device("meta"):
+            self.model: nn.Module = Transformer(config.model)
+        self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        blocks = self.model.get_submodule("blocks")
+        assert isinstance(blocks, nn.ModuleList)
+        gather = config.parallel.engine == "fsdp" and world.size > 1
+        self._float8 = convert_linears(self.model, config.precision, world.device, gather)
+        checkpoint_activations(blocks, config.train)
+        if config.train.compile:
+            compile_blocks(blocks, world.device)
+        elif config.data.document_mask and world.device.type == "cuda":
+            require_compiler(world.device)  # FlexAttention is compiled in any case
+        self.settings: dict[str, Any] = {}
+        self._forward: Callable[..., Any] = self.model
+
+    def describe(self) -> list[str]:
+        """What the settings amount to, for the start of a run: a line each."""
+        return describe_float8(self._config.precision.fp8, self._float8, self._world.device)
+
+    def compute(self) -> AbstractContextManager[None]:
+        """Matrix products in the compute dtype by autocast, so that gains and alphas meet fp32 arithmetic."""
+        bf16 = self._config.precision.compute == "bf16"
+        return torch.autocast(self._world.device.type, torch.bfloat16, enabled=bf16)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        train = self._config.train
+        with self.compute():
+            return self._forward(batch.inputs, batch.targets, batch.documents, train.z_loss, train.loss_chunk)
+
+    def _objective(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What the backward starts from, and the negative log-likelihood. Engines average gradients over the ranks;
+        the objective is a sum over all of them."""
+        objective, nll = self._loss(batch)
+        return objective * (self._world.size / targets), nll
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        self.model.eval()
+        nll = self._loss(batch)[1]
+        self.model.train()
+        return nll
+
+    def measure_alpha(self, batch: Batch, target: float) -> dict[str, float]:
+        return measure_alpha(self.model, lambda: self.evaluate(batch), target)
+
+    def observe(self, batch: Batch, watch: Callable[[nn.Module], Any]) -> Any:
+        with watch(self.model) as seen:
+            self.evaluate(batch)
+        return seen
+
+
+def describe_float8(recipe: str, names: list[str], device: torch.device) -> list[str]:
+    """Which linears run in 8 bits: for each kind of linear, in which blocks."""
+    if not names:
+        return []
+    kinds: dict[str, list[int]] = {}
+    for name in names:
+        _, index, kind = name.split(".", 2)
+        kinds.setdefault(kind, []).append(int(index))
+    emulated = ", emulated" if device.type == "cpu" else ""
+    lines = [f"fp8 ({recipe}{emulated}): {len(names)} linears; embedding, head and the rest in the compute type"]
+    for kind, blocks in kinds.items():
+        whole = blocks == list(range(blocks[0], blocks[-1] + 1))
+        where = f"{blocks[0]} to {blocks[-1]}" if whole and len(blocks) > 1 else ", ".join(map(str, blocks))
+        lines.append(f"  {kind:<17}  blocks {where}")
+    return lines
