@@ -189,6 +189,8 @@ class RunConfig:
             ("train.loss_chunk", self.train.loss_chunk),
             ("train.clip", self.train.clip),
             ("validate.sequences", self.validate.sequences),
+            ("parallel.silence", self.parallel.silence),
+            ("parallel.timeout", self.parallel.timeout),
         ):
             if value is not None and not value > 0:
                 raise ConfigError(f"{key} is {value}: write a positive number")
