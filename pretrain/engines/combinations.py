@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from models.errors import ConfigError
 from pretrain.config import RunConfig
@@ -19,11 +18,6 @@ def refuse_impossible(config: RunConfig, world: World) -> None:
 def _impossible(config: RunConfig, world: World) -> Iterator[str]:
     parallel, precision, train = config.parallel, config.precision, config.train
     deepspeed = parallel.engine == "deepspeed"
-    if deepspeed and find_spec("deepspeed") is None:
-        yield (
-            "parallel.engine deepspeed needs DeepSpeed, which is not here: pip install deepspeed, or write "
-            "--parallel.engine fsdp"
-        )
     if deepspeed and parallel.zero_stage == 3 and train.compile:
         yield (
             "train.compile with parallel.zero_stage 3: DeepSpeed gathers parameters by hooks inside the blocks, which "

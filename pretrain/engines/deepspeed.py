@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from models import parameter_roles
+from models.errors import ConfigError
 from models.initialization import first_rows
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
@@ -159,8 +161,13 @@ def _import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # while it is imported, too
-    import deepspeed
-
+    try:
+        deepspeed: Any = importlib.import_module("deepspeed")
+    except ImportError:
+        raise ConfigError(
+            "parallel.engine deepspeed needs DeepSpeed, which is not here: pip install deepspeed, or write "
+            "--parallel.engine fsdp"
+        ) from None
     # Its progress goes to standard output, which is ours, and its warning of an untested optimizer is about ours.
     deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)

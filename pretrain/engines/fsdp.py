@@ -28,7 +28,7 @@ _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 # Of these every rank holds all: they are a ten-thousandth of the model, and FSDP has one dtype for a whole group of
 # parameters, while these stay fp32 when matrices are gathered in bf16. Their gradients take one all-reduce a step.
-_REPLICATED_ROLES = ("gain", "shift", "alpha", "scale")
+REPLICATED_ROLES = ("gain", "shift", "alpha", "scale")
 
 
 class FSDPEngine(ModelEngine):
@@ -42,13 +42,13 @@ class FSDPEngine(ModelEngine):
         super().__init__(config, world)
         model, roles = self.model, parameter_roles(self.model)
         if world.size > 1:
-            ignored = {p for name, p in model.named_parameters() if roles[name] in _REPLICATED_ROLES}
+            ignored = {p for name, p in model.named_parameters() if roles[name] in REPLICATED_ROLES}
             _shard(model, device_mesh(config.parallel, world), config, ignored)
         model.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
         parameters = dict(model.named_parameters())
         self._replicated: list[nn.Parameter] = []
         if world.size > 1:
-            self._replicated = [p for name, p in parameters.items() if roles[name] in _REPLICATED_ROLES]
+            self._replicated = [p for name, p in parameters.items() if roles[name] in REPLICATED_ROLES]
             for parameter in self._replicated:  # never offloaded
                 parameter.data = parameter.data.to(world.device)
         self._gathers_float8 = any(is_gathered_in_float8(p) for p in parameters.values())

@@ -52,7 +52,8 @@ class ModelEngine:
     def compute(self) -> AbstractContextManager[None]:
         """Matrix products in the compute dtype by autocast, so that gains and alphas meet fp32 arithmetic."""
         bf16 = self._config.precision.compute == "bf16"
-        return torch.autocast(self._world.device.type, torch.bfloat16, enabled=bf16)
+        # Without a cache: it would hold a bf16 copy of every weight to the end of the forward, to be used once.
+        return torch.autocast(self._world.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         train = self._config.train

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 # Temporaries (Nesterov's look-ahead, moments widened from bf16, noise) exist for this many elements at a time, so
 # that a 7B model stepping on one GPU does not pay for a second copy of its state: 64 MiB in fp32. A CPU takes
 # portions that its cache holds: a step over bf16 moments is two to three times as fast as with the GPU's.
-_CHUNK_ELEMENTS = 2**24
-_CHUNK_ELEMENTS_CPU = 2**18
+CHUNK_ELEMENTS = 2**24
+CHUNK_ELEMENTS_CPU = 2**18
 
 
 class Slice(NamedTuple):
@@ -60,7 +60,7 @@ def chunks(slices: list[Slice]) -> Iterator[list[Slice]]:
 
 
 def _largest(device: torch.device) -> int:
-    return _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
+    return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS
 
 
 def _pieces(one: Slice) -> Iterator[Slice]:

@@ -50,7 +50,7 @@ def train(optimizer: torch.optim.Optimizer, steps: range) -> None:
 def test_nearest_is_torchs_step_and_one_rounding_of_each_moment(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bitwise: torch's own optimizer with its state rounded by hand after every step. In pieces of 32 elements too:
     whole vectors of any CPU, so that the kernel's other loop, for a remainder, is not taken where torch does not."""
-    monkeypatch.setattr(slices, "_CHUNK_ELEMENTS_CPU", chunk)
+    monkeypatch.setattr(slices, "CHUNK_ELEMENTS_CPU", chunk)
     ours, theirs = parameters(), parameters()
     optimizer = CompactAdamW(ours, 0.1, state_rounding="nearest", **SETTINGS)
     reference = torch.optim.AdamW(theirs, 0.1, fused=True, **SETTINGS)

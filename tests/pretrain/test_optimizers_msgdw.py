@@ -87,7 +87,7 @@ def test_every_element_follows_the_formula(
     optimizer = MSGDW(held, 0.0, mu, wd, damp, nesterov, state_dtype=torch.float64)
     seen: list[list[Tensor | None]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices, "_CHUNK_ELEMENTS_CPU", chunk)
+        patch.setattr(slices, "CHUNK_ELEMENTS_CPU", chunk)
         for step, lr in enumerate(lrs):
             seen.append([None if (step, i) in skips else g for i, g in enumerate(gradients(step, torch.float64))])
             for parameter, gradient in zip(held, seen[-1], strict=True):

@@ -145,7 +145,7 @@ def test_noise_is_repeatable_and_another_for_each_step_parameter_shard_and_piece
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_pieces_of_one_parameter_have_noise_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices, "_CHUNK_ELEMENTS_CPU", 64)
+    monkeypatch.setattr(slices, "CHUNK_ELEMENTS_CPU", 64)
     held = nn.Parameter(torch.ones(2, 64))
     held.grad = torch.full_like(held, 0.3)
     optimizer = BUILDERS[name]([held])
@@ -197,7 +197,7 @@ def test_nearest_stalls_where_stochastic_follows_on_average(name: str, moment: s
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_temporaries_are_no_larger_than_a_chunk(name: str, rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices, "_CHUNK_ELEMENTS_CPU", 64)
+    monkeypatch.setattr(slices, "CHUNK_ELEMENTS_CPU", 64)
     held = [nn.Parameter(torch.ones(shape)) for shape in ((50, 20), (1000,), (3,), (5,))]
     optimizer = BUILDERS[name](held, state_rounding=rounding)
     for parameter in held:

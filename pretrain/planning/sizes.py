@@ -1,0 +1,83 @@
+"""How many elements the model has, and how many of them one rank of a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from models import ModelConfig, Role, Transformer, parameter_roles
+from pretrain.engines.fsdp import REPLICATED_ROLES
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block, or the root: embedding, positions, head and what stands outside the blocks. In elements.
+
+    ``whole`` is what ranks share, ``share`` the first rank's rows of it, padded as FSDP pads; ``replicated`` are gains,
+    alphas and the like.
+    """
+
+    whole: int
+    share: int
+    replicated: int
+    linears: int  # of whole: weights of linears, which fp8 may gather in 8 bits
+
+    @property
+    def elements(self) -> int:
+        return self.whole + self.replicated
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the whole model, in elements."""
+
+    depth: int
+    block: Part
+    root: Part
+    head: int  # elements of an untied head's weight
+    matmul: int  # parameters in matrix products, a tied head's among them (telemetry/flops.py)
+
+    @property
+    def parameters(self) -> int:
+        return self.depth * self.block.elements + self.root.elements
+
+    @property
+    def share(self) -> int:
+        return self.depth * self.block.share + self.root.share
+
+    @property
+    def replicated(self) -> int:
+        return self.depth * self.block.replicated + self.root.replicated
+
+
+def measure(config: ModelConfig, ranks: int) -> Sizes:
+    """Sizes of the model whose ``ranks`` share each parameter's rows."""
+    with torch.device("meta"):
+        model = Transformer(replace(config, depth=1))
+    roles = parameter_roles(model)
+    parameters = dict(model.named_parameters())
+    block = {name: p for name, p in parameters.items() if name.startswith("blocks.")}
+    root = {name: p for name, p in parameters.items() if name not in block}
+    linears = sum(p.numel() for name, p in block.items() if roles[name] == "matrix")
+    logits = config.vocabulary * config.width
+    return Sizes(
+        depth=config.depth,
+        block=_part(block, roles, ranks, linears),
+        root=_part(root, roles, ranks, 0),
+        head=0 if config.is_tied else logits,
+        matmul=config.depth * linears + logits,
+    )
+
+
+def _part(parameters: Mapping[str, nn.Parameter], roles: Mapping[str, Role], ranks: int, linears: int) -> Part:
+    shared = [p.shape for name, p in parameters.items() if roles[name] not in REPLICATED_ROLES]
+    return Part(
+        whole=sum(math.prod(shape) for shape in shared),
+        share=sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in shared),
+        replicated=sum(p.numel() for name, p in parameters.items() if roles[name] in REPLICATED_ROLES),
+        linears=linears,
+    )
