@@ -87,7 +87,7 @@ def device_peak(device: torch.device, compute: Literal["fp32", "bf16"]) -> float
         if peak is None or compute == "bf16":
             return peak and peak.bf16
         return peak.fp32 if torch.get_float32_matmul_precision() == "highest" else peak.tf32
-    # A CPU without bf16 arithmetic is faster in fp32, in which some of a bf16 run's products, emulated fp8 ones too, are.
+    # A CPU without bf16 arithmetic is faster in fp32, in which emulated fp8 products are computed.
     kinds = [torch.float32, torch.bfloat16] if compute == "bf16" else [torch.float32]
     return max(measure_matmul(device, dtype) for dtype in kinds)
 
