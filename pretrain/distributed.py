@@ -24,7 +24,8 @@ _MARGIN = 60.0  # seconds that torch's own timeout is longer than the watch's, w
 @dataclass(frozen=True)
 class World:
     """One process's place. ``control`` is a gloo group for decisions, so that agreeing never waits for the device;
-    it is None in a single process, which has no ``watchdog`` either. ``local_size``: ranks on this node; None: all."""
+    it is None in a single process, which has no ``watchdog`` either. ``local_size``: ranks on every
+    node; 0 where nodes differ, None where all ranks are on one."""
 
     rank: int
     size: int
@@ -58,6 +59,12 @@ def group_of_one(world: World) -> None:
 
 def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _local_size(size: int, control: dist.ProcessGroup) -> int:
+    sizes = [0] * size
+    dist.all_gather_object(sizes, int(os.environ.get("LOCAL_WORLD_SIZE", size)), group=control)
+    return sizes[0] if len(set(sizes)) == 1 else 0
 
 
 def rank_in_environment() -> int:
@@ -99,10 +106,9 @@ def joined(device: str, parallel: ParallelConfig | None = None) -> Iterator[Worl
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(_backend(place), store=store, rank=rank, world_size=size, timeout=timeout)
     watchdog = None if parallel is None else Watchdog(store, rank, size, parallel.silence, parallel.timeout)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
-        yield World(rank, size, place, control, watchdog, local)
+        yield World(rank, size, place, control, watchdog, _local_size(size, control))
         dist.barrier()
     except BaseException as error:
         if watchdog is not None:

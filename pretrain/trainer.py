@@ -23,7 +23,7 @@ from pretrain.control import StopRequest
 from pretrain.counts import derive_counts
 from pretrain.data import Loader, RankBatch, open_source
 from pretrain.distributed import World
-from pretrain.engines import build_engine
+from pretrain.engines import build_engine, check_engine
 from pretrain.evaluation import Evaluation, evaluate
 from pretrain.optimizers import describe, learning_rate_fraction
 from pretrain.run import RunFolder
@@ -62,6 +62,8 @@ class Trainer:
         self.world = world
         self.ranks = Ranks(world.control)
         self.ranks.each(lambda: self._assemble(config))
+        self.engine = self.ranks.each(lambda: build_engine(self.config, world))
+        self.has_alphas = "alpha" in parameter_roles(self.engine.model).values()
         self.ranks.first(
             lambda: self.folder.claim(self.config, self.source.tokenizer_path, world, self.engine.settings)
         )
@@ -74,16 +76,15 @@ class Trainer:
     # ------------------------------------------------------------------ before the first step
 
     def _assemble(self, config: RunConfig) -> None:
-        """Everything in which a mistake can show before anything is written."""
+        """Everything in which a mistake can show before anything is written, on one rank or all: no collectives."""
         world = self.world
         self.source = open_source(config.data, config.seed, world.rank, world.size)
         self.config = config = resolve_vocabulary(config, self.source.vocabulary)
         self.counts = derive_counts(config, world.size)
         learning_rate_fraction(0, self.counts.steps, config.schedule)
         self.folder = RunFolder(Path(config.runs_dir) / config.name)
-        self.engine = build_engine(config, world)
-        self.has_alphas = "alpha" in parameter_roles(self.engine.model).values()
-        if config.model.alpha.rule == "measured" and not self.has_alphas:
+        model = check_engine(config, world)
+        if config.model.alpha.rule == "measured" and "alpha" not in parameter_roles(model).values():
             raise ConfigError(f"model.alpha.rule is measured, but no site of plan {config.model.plan!r} has an alpha")
 
     def _begin(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from models.errors import ConfigError
-from pretrain.config import RunConfig
+from pretrain.config import ParallelConfig, RunConfig
 from pretrain.distributed import World
 
 
@@ -40,3 +40,18 @@ def _impossible(config: RunConfig, world: World) -> Iterator[str]:
             f"precision.fp8 {precision.fp8} with precision.compute fp32: a GPU's 8-bit products give bf16; write "
             "--precision.compute bf16"
         )
+
+
+def unheeded(config: RunConfig) -> list[str]:
+    """A line for each setting that means nothing beside the others, so that none is ignored in silence."""
+    default, parallel, precision = ParallelConfig(), config.parallel, config.precision
+    keys = ("zero_stage",) if parallel.engine == "fsdp" else ("shard", "shard_size", "prefetch")
+    other = "deepspeed" if parallel.engine == "fsdp" else "fsdp"
+    lines = [
+        f"parallel.{key} {getattr(parallel, key)} is of engine {other} and does nothing here"
+        for key in keys
+        if getattr(parallel, key) != getattr(default, key)
+    ]
+    if precision.fp8 == "none" and (precision.fp8_skip or precision.fp8_skip_first or precision.fp8_skip_last):
+        lines.append("precision.fp8_skip, fp8_skip_first and fp8_skip_last do nothing where precision.fp8 is none")
+    return lines

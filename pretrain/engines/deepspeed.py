@@ -72,7 +72,7 @@ class DeepSpeedEngine(ModelEngine):
 
     def __init__(self, config: RunConfig, world: World) -> None:
         super().__init__(config, world)
-        deepspeed = _import_deepspeed(world)
+        deepspeed = import_deepspeed(world)
         group_of_one(world)
         deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
         self.settings = deepspeed_config(config, derive_counts(config, world.size))
@@ -90,6 +90,7 @@ class DeepSpeedEngine(ModelEngine):
         )
         self._forward = self._deepspeed
         self._state = ZeroState(self.model, self.optimizer, self._deepspeed.optimizer, self._stage)
+        self._left_out = False
         self._has_state = False  # optimizers make theirs in the first step
 
     def describe(self) -> list[str]:
@@ -129,7 +130,11 @@ class DeepSpeedEngine(ModelEngine):
             return norm
         self._deepspeed.step()
         norm = self._deepspeed.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self._world.device).detach()
+        # DeepSpeed leaves out an update with gradients that are not finite, and goes on. Another engine's weights would
+        # be ruined and the run would end when metrics are read; so it does here.
+        self._left_out |= bool(getattr(self._deepspeed.optimizer, "overflow", False))
+        told = math.inf if self._left_out else norm
+        return torch.as_tensor(told, dtype=torch.float32, device=self._world.device).detach()
 
     def measure_alpha(self, batch: Batch, target: float) -> dict[str, float]:
         measured = super().measure_alpha(batch, target)
@@ -157,7 +162,8 @@ class DeepSpeedEngine(ModelEngine):
             counter.zero_()
 
 
-def _import_deepspeed(world: World) -> Any:
+def import_deepspeed(world: World) -> Any:
+    """The package, quiet and without builds; ConfigError if it is not here."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # while it is imported, too

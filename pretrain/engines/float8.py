@@ -54,11 +54,11 @@ def chosen_linears(model: nn.Module, precision: PrecisionConfig) -> list[str]:
     return chosen
 
 
-def convert_linears(model: nn.Module, precision: PrecisionConfig, device: torch.device, gather: bool) -> list[str]:
+def convert_linears(model: nn.Module, precision: PrecisionConfig, device: torch.device, group: int) -> list[str]:
     """Exchange the chosen linears of ``model`` (on any device, meta too) for 8-bit ones and return their names.
 
-    ``gather``: FSDP gathers these weights in 8 bits, for tensorwise scales. ConfigError where torchao, the GPU or the
-    sizes do not allow it.
+    ``group``: FSDP gathers weights with tensorwise scales in 8 bits from so many ranks; 0 for none. ConfigError where
+    torchao, the GPU or the sizes do not allow it.
     """
     if precision.fp8 == "none":
         return []
@@ -75,6 +75,8 @@ def convert_linears(model: nn.Module, precision: PrecisionConfig, device: torch.
                 "precision.fp8_skip"
             )
         parent, _, leaf = name.rpartition(".")
+        # torchao's weights know no padding: where rows do not divide, they are gathered as the others are.
+        gather = precision.fp8 == "tensorwise" and group > 0 and linear.out_features % group == 0
         setattr(model.get_submodule(parent), leaf, _converted(linear, precision.fp8, device.type == "cpu", gather))
     return names
 
@@ -117,7 +119,7 @@ def _converted(linear: nn.Linear, recipe: str, emulate: bool, gather: bool) -> n
     from torchao.float8.float8_linear import Float8Linear
 
     settings = Float8LinearConfig.from_recipe_name(recipe)
-    settings = replace(settings, emulate=emulate, enable_fsdp_float8_all_gather=gather and recipe == "tensorwise")
+    settings = replace(settings, emulate=emulate, enable_fsdp_float8_all_gather=gather)
     return Float8Linear.from_float(linear, settings)
 
 
@@ -152,11 +154,5 @@ def plain(tensor: Any) -> Any:
     """``tensor`` without torchao's wrapper around its local part, sharing storage."""
     if not (isinstance(tensor, DTensor) and is_gathered_in_float8(tensor)):
         return tensor
-    return DTensor.from_local(
-        cast(Any, tensor.to_local())._tensor,
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
+    inner = cast(Any, tensor.to_local())._tensor
+    return DTensor(inner, tensor._spec, requires_grad=False)

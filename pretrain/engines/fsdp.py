@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -18,9 +18,10 @@ from models import parameter_roles
 from models.errors import ConfigError
 from models.initialization import initialize
 from pretrain.batch import Batch
-from pretrain.config import ParallelConfig, RunConfig
+from pretrain.config import RunConfig
 from pretrain.distributed import World
 from pretrain.engines.float8 import BytewiseAllGather, is_gathered_in_float8, plain, refresh_scales
+from pretrain.engines.mesh import device_mesh, shard_size
 from pretrain.engines.model import ModelEngine
 from pretrain.optimizers import build_optimizer, set_learning_rate
 
@@ -113,28 +114,6 @@ class FSDPEngine(ModelEngine):
             options=_OPTIONS,
         )
         self._refresh()
-
-
-def shard_size(parallel: ParallelConfig, world: World) -> int:
-    """Ranks that share one copy of the model."""
-    if parallel.shard == "replicate":
-        return 1
-    if parallel.shard != "hybrid":
-        return world.size
-    size = (world.local_size or world.size) if parallel.shard_size is None else parallel.shard_size
-    if size < 1 or world.size % size:
-        near = max(d for d in range(1, world.size + 1) if world.size % d == 0 and d <= max(1, size))
-        raise ConfigError(f"parallel.shard_size {size} does not divide the {world.size} ranks: write {near}")
-    return size
-
-
-def device_mesh(parallel: ParallelConfig, world: World) -> DeviceMesh:
-    """One dimension for full sharding; (replicas, ranks of one replica) for the others. Ranks of a node are
-    neighbours, so that with the default size only gradients' all-reduce leaves the node."""
-    size = shard_size(parallel, world)
-    if parallel.shard in ("full", "grad_op"):
-        return init_device_mesh(world.device.type, (size,))
-    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh, config: RunConfig, ignored: set[nn.Parameter]) -> None:

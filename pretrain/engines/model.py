@@ -14,9 +14,10 @@ from models.initialization import measure_alpha
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.distributed import World
-from pretrain.engines.combinations import refuse_impossible
+from pretrain.engines.combinations import refuse_impossible, unheeded
 from pretrain.engines.compiling import compile_blocks, require_compiler
 from pretrain.engines.float8 import convert_linears
+from pretrain.engines.mesh import shard_size
 from pretrain.engines.recomputation import checkpoint_activations
 
 
@@ -35,8 +36,10 @@ class ModelEngine:
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         blocks = self.model.get_submodule("blocks")
         assert isinstance(blocks, nn.ModuleList)
-        gather = config.parallel.engine == "fsdp" and world.size > 1
-        self._float8 = convert_linears(self.model, config.precision, world.device, gather)
+        sharded = config.parallel.engine == "fsdp" and world.size > 1
+        group = shard_size(config.parallel, world) if sharded else 0
+        gathering = 0 if config.parallel.cpu_offload else group
+        self._float8 = convert_linears(self.model, config.precision, world.device, gathering)
         checkpoint_activations(blocks, config.train)
         if config.train.compile:
             compile_blocks(blocks, world.device)
@@ -47,7 +50,8 @@ class ModelEngine:
 
     def describe(self) -> list[str]:
         """What the settings amount to, for the start of a run: a line each."""
-        return describe_float8(self._config.precision.fp8, self._float8, self._world.device)
+        float8 = describe_float8(self._config.precision.fp8, self._float8, self._world.device)
+        return [*float8, *unheeded(self._config)]
 
     def compute(self) -> AbstractContextManager[None]:
         """Matrix products in the compute dtype by autocast, so that gains and alphas meet fp32 arithmetic."""

@@ -13,7 +13,7 @@ from pretrain.counts import Counts, derive_counts
 from pretrain.distributed import World
 from pretrain.engines.combinations import refuse_impossible
 from pretrain.engines.float8 import chosen_linears
-from pretrain.engines.fsdp import shard_size
+from pretrain.engines.mesh import shard_size
 from pretrain.optimizers import build_optimizer
 from pretrain.planning.cluster import Cluster
 from pretrain.planning.fsdp import FSDP

@@ -24,7 +24,7 @@ class Part:
     whole: int
     share: int
     replicated: int
-    linears: int  # of whole: weights of linears, which fp8 may gather in 8 bits
+    linears: int  # of whole: weights of linears whose rows divide by the ranks, which fp8 may gather in 8 bits
 
     @property
     def elements(self) -> int:
@@ -63,10 +63,11 @@ def measure(config: ModelConfig, ranks: int) -> Sizes:
     block = {name: p for name, p in parameters.items() if name.startswith("blocks.")}
     root = {name: p for name, p in parameters.items() if name not in block}
     linears = sum(p.numel() for name, p in block.items() if roles[name] == "matrix")
+    divisible = sum(p.numel() for name, p in block.items() if roles[name] == "matrix" and p.shape[0] % ranks == 0)
     logits = config.vocabulary * config.width
     return Sizes(
         depth=config.depth,
-        block=_part(block, roles, ranks, linears),
+        block=_part(block, roles, ranks, divisible),
         root=_part(root, roles, ranks, 0),
         head=0 if config.is_tied else logits,
         matmul=config.depth * linears + logits,

@@ -17,8 +17,9 @@ from pretrain.batch import make_batch
 from pretrain.config import RunConfig
 from pretrain.distributed import World
 from pretrain.engines import build_engine
-from pretrain.engines.fsdp import shard_size
-from tests.pretrain.engine_runs import batch_of, config_of, here, train, train_all
+from pretrain.engines.combinations import unheeded
+from pretrain.engines.mesh import shard_size
+from tests.pretrain.engine_runs import advance, batch_of, config_of, here, train, train_all
 from tests.ranks import run_ranks
 
 FP32 = 1e-5  # as in test_engine_parity.py
@@ -190,3 +191,39 @@ def test_the_shard_group_divides_the_ranks() -> None:
         given = config_of(parallel={"shard": "hybrid", "shard_size": size}).parallel
         with pytest.raises(ConfigError, match=f"write {near}"):
             shard_size(given, world)
+
+
+def test_nodes_that_differ_need_a_shard_size() -> None:
+    world = World(0, 6, torch.device("cpu"), local_size=0)
+    with pytest.raises(ConfigError, match="different numbers of ranks: write one"):
+        shard_size(config_of(parallel={"shard": "hybrid"}).parallel, world)
+    assert shard_size(config_of(parallel={"shard": "hybrid", "shard_size": 3}).parallel, world) == 3
+
+
+def test_settings_that_do_nothing_are_said() -> None:
+    said = build_engine(config_of(parallel={"zero_stage": 3}, precision={"fp8_skip_first": 1}), here()).describe()
+    assert "parallel.zero_stage 3 is of engine deepspeed and does nothing here" in said
+    assert "precision.fp8_skip, fp8_skip_first and fp8_skip_last do nothing where precision.fp8 is none" in said
+    assert unheeded(config_of(parallel={"engine": "deepspeed", "zero_stage": 3})) == []
+    assert unheeded(config_of(parallel={"engine": "deepspeed", "shard": "hybrid"})) == [
+        "parallel.shard hybrid is of engine fsdp and does nothing here"
+    ]
+
+
+def ruin(stage: int) -> list[float]:
+    """Norms of three steps, of which the second has a gradient that is not finite."""
+    config = config_of(parallel={"engine": "deepspeed", "zero_stage": stage})
+    engine = build_engine(config, here())
+    engine.initialize()
+    norms = [advance(engine, config, range(1))[0][1]]
+    handle = next(engine.model.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    norms.append(advance(engine, config, range(1, 2))[0][1])
+    handle.remove()
+    return [*norms, advance(engine, config, range(2, 3))[0][1]]
+
+
+def test_an_update_that_deepspeed_leaves_out_is_not_forgotten() -> None:
+    """The norm stays infinite until metrics are read, so that the run ends as it does under fsdp."""
+    for first, *later in run_ranks(ruin, 2, 2, timeout=100):
+        assert first < 1e3
+        assert not any(norm < 1e30 for norm in later)

@@ -58,3 +58,32 @@ def test_saved_under_four_ranks_goes_on_under_one_and_two(corpus: Path, tmp_path
         for there, here in zip(metrics(whole)[10:], metrics(part)[10:], strict=True):
             assert here["loss"] == pytest.approx(there["loss"], rel=TOLERANCE)
             assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=TOLERANCE)
+
+
+ZERO = ("--parallel.engine", "deepspeed", "--parallel.zero_stage")
+
+
+@pytest.mark.drill
+def test_a_run_changes_its_engine_on_the_way(corpus: Path, tmp_path: Path) -> None:
+    """ZeRO-3 on 2 ranks to step 20, FSDP2 in one process to 40, ZeRO-1 on 2 from there on: data order, losses
+    and norms of one run. The folder says what DeepSpeed was told while it is DeepSpeed that trains."""
+    config = write_config(tmp_path, corpus, {"model": {"plan": "dyt"}, "train": {"steps": 60}})
+    done = pretrain(config, "--name", "whole")
+    assert done.returncode == 0, done.stderr
+    run, whole = tmp_path / "runs/small", metrics(tmp_path / "runs/whole")
+    stages: list[tuple[int, int, tuple[str, ...]]] = [(20, 2, (*ZERO, "3")), (40, 1, ()), (60, 2, (*ZERO, "1"))]
+    for until, ranks, engine in stages:
+        done = pretrain(config, "--checkpoint.every", "20", "--checkpoint.keep", "3", *engine, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert (run / "deepspeed.json").exists() == bool(engine)
+        if engine:
+            assert f"deepspeed: ZeRO stage {engine[-1]}" in done.stderr
+        if until > 20:
+            assert f"going on after step {until - 20}" in done.stderr
+        found = metrics(run)
+        assert [line["batch_hash"] for line in found] == [line["batch_hash"] for line in whole]
+        for one, here in zip(whole, found, strict=True):
+            assert here["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
+            assert here["grad_norm"] == pytest.approx(one["grad_norm"], rel=TOLERANCE)
+        for later in range(until + 20, 61, 20):  # as if it had been stopped there
+            shutil.rmtree(run / f"checkpoints/step-{later:08}")
