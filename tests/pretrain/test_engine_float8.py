@@ -236,3 +236,22 @@ def train_on_thirds(config: RunConfig) -> list[tuple[float, float]]:
         nll = engine.accumulate(batch, torch.tensor(6.0 * batch.targets.shape[1]), last=True)
         found.append(((here().sum(nll.clone()) / 96).item(), engine.step(0.1).item()))
     return found
+
+
+DISTANCE = 0.1  # nats; the largest seen is 0.024, and the losses fall by more than 1
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("plan", ["dnt", "dyt", "llama"])
+def test_a_hundred_steps_stay_near_bf16(plan: str) -> None:
+    """The mean loss of the last ten steps, for every recipe. configs/studies/fp8.yaml is the same on real text."""
+
+    def last(fp8: str) -> tuple[float, float]:
+        sections: dict[str, Any] = {"precision": {"compute": "bf16", "fp8": fp8}, "train": {"steps": 100}}
+        losses = [loss for loss, _ in train(config_of(plan, **sections), 100)]
+        return losses[0], sum(losses[-10:]) / 10
+
+    first, bf16 = last("none")
+    assert bf16 < first - 1
+    for recipe in RECIPES:
+        assert last(recipe)[1] == pytest.approx(bf16, abs=DISTANCE), recipe
