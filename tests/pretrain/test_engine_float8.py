@@ -18,6 +18,7 @@ from pretrain.config import PrecisionConfig, RunConfig
 from pretrain.engines import build_engine
 from pretrain.engines.float8 import convert_linears
 from tests.pretrain.engine_runs import advance, batch_of, config_of, here, train, train_all
+from tests.pretrain.test_engine_combinations import train_compiled
 from tests.ranks import run_ranks
 
 Recipe = Literal["tensorwise", "rowwise", "mxfp8"]
@@ -140,17 +141,25 @@ def test_every_engine_trains_alike(mode: str) -> None:
     """Scales are of a rank's own rows and of weights in fp32 or bf16, so that roundings differ (2^-4 each, in
     hundreds of products): the largest difference seen is 0.4 % in losses and norms of five steps."""
     alone = train_all(fp8_configs(), 5)
-    for found in run_ranks(train_all, 2, fp8_configs(parallel=PARALLEL[mode]), 5, timeout=200):
-        for recipe, steps in alone.items():
-            assert found[recipe] == [pytest.approx(step, rel=0.02) for step in steps], recipe
+    settings: list[dict[str, Any]] = [{}] + [{"activation_checkpointing": "full"}] * (mode in ("full", "ZeRO-2"))
+    for setting in settings:
+        configs = fp8_configs(parallel=PARALLEL[mode], train=setting)
+        for found in run_ranks(train_all, 2, configs, 5, timeout=200):
+            for recipe, steps in alone.items():
+                assert found[recipe] == [pytest.approx(step, rel=0.02) for step in steps], (recipe, setting)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recomputing_changes_no_bit(recipe: Recipe) -> None:
-    config = config_of("dnt", precision={"compute": "bf16", "fp8": recipe})
+def test_recomputing_and_compiling_change_no_bit(recipe: Recipe) -> None:
+    """Traced and run by the same operations, quantization is the same."""
+    precision = {"compute": "bf16", "fp8": recipe}
+    expected = train(config_of("dyt", precision=precision), 3)
     for kind in ("full", "selective"):
-        again = config_of("dnt", precision={"compute": "bf16", "fp8": recipe}, train={"activation_checkpointing": kind})
-        assert train(again, 3) == train(config, 3), kind
+        again = config_of("dyt", precision=precision, train={"activation_checkpointing": kind})
+        assert train(again, 3) == expected, kind
+    for kind in ("none", "full"):
+        config = config_of("dyt", precision=precision, train={"activation_checkpointing": kind, "compile": True})
+        assert train_compiled({"": config}, 3)[""] == expected, kind
 
 
 def save_and_load(folder: Path) -> tuple[bool, list[tuple[float, float]]]:
