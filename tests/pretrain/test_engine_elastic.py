@@ -53,8 +53,11 @@ def save(configs: dict[tuple[str, str], RunConfig], folder: Path) -> dict[tuple[
     return losses
 
 
-def proceed(configs: dict[tuple[str, str], RunConfig], folder: Path) -> dict[tuple[str, str], Any]:
-    """Load every cell's checkpoint into a fresh engine and train the next steps."""
+def proceed(
+    configs: dict[tuple[str, str], RunConfig], folder: Path, loses_state: bool = False
+) -> dict[tuple[str, str], Any]:
+    """Load every cell's checkpoint into a fresh engine and train the next steps, with the optimizer's moments dropped
+    on the way if ``loses_state``."""
     losses = {}
     for (plan, optimizer), config in configs.items():
         engine = build_engine(config, here())
@@ -63,6 +66,9 @@ def proceed(configs: dict[tuple[str, str], RunConfig], folder: Path) -> dict[tup
         assert committed is not None
         tensors = engine.tensors()
         loader.load(committed, tensors)
+        for name, value in tensors["optimizer"].items() if loses_state else ():
+            if name.startswith("state.") and isinstance(value, torch.Tensor):
+                value.zero_()
         engine.restore(tensors)
         losses[plan, optimizer] = advance(engine, config, range(SAVED, SAVED + CONTINUED))
     return losses
@@ -120,26 +126,8 @@ def test_another_engine_goes_on(saved: Path, ranks: int, uninterrupted: dict[tup
             assert_same(losses, uninterrupted)
 
 
-def lose_state(configs: dict[tuple[str, str], RunConfig], folder: Path) -> dict[tuple[str, str], Any]:
-    """As proceed, with the optimizer's moments dropped on the way."""
-    losses = {}
-    for (plan, optimizer), config in configs.items():
-        engine = build_engine(config, here())
-        loader = checkpointer(cell(folder, plan, optimizer))
-        committed = loader.latest()
-        assert committed is not None
-        tensors = engine.tensors()
-        loader.load(committed, tensors)
-        for name, value in tensors["optimizer"].items():
-            if name.startswith("state.") and isinstance(value, torch.Tensor):
-                value.zero_()
-        engine.restore(tensors)
-        losses[plan, optimizer] = advance(engine, config, range(SAVED, SAVED + CONTINUED))
-    return losses
-
-
 def test_a_lost_state_would_show(saved: Path, uninterrupted: dict[tuple[str, str], Any]) -> None:
     """The comparison above is sharp enough to see what it is there to see."""
-    losses = lose_state(configs_of({}, 8), saved)
+    losses = proceed(configs_of({}, 8), saved, loses_state=True)
     for key, steps in uninterrupted.items():
         assert torch.tensor(losses[key]).tolist() != [pytest.approx(step, rel=TOLERANCE) for step in steps], key
