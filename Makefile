@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup run test lint clean
+.PHONY: setup run test cluster lint clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -22,8 +22,12 @@ run: setup
 	$(BIN)/python -m tools.report runs/tiny
 	$(BIN)/python -m tools.generate runs/tiny --prompt "It is a truth"
 
-test: setup
+test: setup cluster
 	$(BIN)/python -m pytest
+
+# A real SLURM for tests/cluster, where it can be installed; elsewhere they are skipped.
+cluster:
+	@tests/cluster/install.sh
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ setup(
     description="Distributed LLM pretraining for research on normalization (DyT, DNT) and optimization (mSGDW, AdamW)",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["models*", "pretrain*", "tools*"]),
+    packages=find_packages(include=["models*", "pretrain*", "tools*", "launch*"]),
     package_data={"pretrain.data": ["austen/*"]},
     # Exact versions of everything, for a fresh machine: constraints.txt.
     install_requires=[

@@ -1,58 +1,120 @@
-"""Requests to stop, agreed by all ranks before any of them acts."""
+"""Requests to stop or to save, agreed by all ranks before any of them acts."""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from enum import IntEnum
+from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from pretrain import launched
 from pretrain.distributed import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE, SAVE_FILE = "stop", "save"  # in the run's folder
+_LOOK = 1.0  # seconds between two looks for the files
 
 
-class StopRequest:
-    """Turns a signal to any rank, or a failure that only this rank may know of, into a decision of all ranks at the
-    same step.
+class Stop(IntEnum):
+    """Why a run stops. Of several reasons the largest counts: who stops it by hand does not want it started again."""
+
+    NO = 0
+    SIGNAL = 1
+    FILE = 2
+    FAILED = 3
+
+
+class Request(NamedTuple):
+    stop: Stop
+    save: bool
+
+
+class Requests:
+    """Turns a signal to any rank, a file in the run's folder, or a failure that only this rank may know of, into a
+    decision of all ranks at the same step.
 
     Ranks acting on a flag of their own would tear the collectives that follow. Each step starts an all-reduce of the
     flags on the control group and reads the one that the step before started, so that the step never waits for it.
     A second interrupt raises KeyboardInterrupt at once: the last committed checkpoint is what remains.
 
-    ``failed``: whether work beside the loop has failed here. It costs no wait either.
+    ``run``: the run's folder; the first rank looks there for files called stop and save, and in the launcher's folder
+    for stop. ``failed``: whether work beside the loop has failed here. Neither costs a wait for the device.
     """
 
-    def __init__(self, world: World, failed: Callable[[], bool] = lambda: False) -> None:
-        self._world = world
+    def __init__(self, world: World, run: Path, failed: Callable[[], bool] = lambda: False) -> None:
+        self._world, self._run, self._launch = world, run, launched.folder()
         self._failed = failed
-        self._requested = False
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._stop = Stop.NO
+        self._saving = False
+        self._looked = -_LOOK
+        self._flags = torch.zeros(2, dtype=torch.int32)
         self._pending: dist.Work | None = None
+        self._signalled = False
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # Blocked since the process started (__main__), so that one which came earlier arrives now.
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._requested and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._requested = True
+        self._signalled = True
 
-    def agreed(self) -> bool:
-        """Whether all ranks stop before the coming step. Every rank calls this once a step."""
-        wanted = self._requested or self._failed()
+    def agreed(self) -> Request:
+        """What all ranks do before the coming step. Every rank calls this once a step."""
+        wanted = self._wanted()
         if self._world.size == 1:
             return wanted
-        stop = False
+        agreed = Request(Stop.NO, False)
         if self._pending is not None:
             self._pending.wait()
-            stop = bool(self._flag.item())
-        self._flag.fill_(wanted)
-        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
-        return stop
+            stop, save = self._flags.tolist()
+            agreed = Request(Stop(stop), bool(save))
+        self._flags = torch.tensor(wanted, dtype=torch.int32)
+        self._pending = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+        return agreed
+
+    def _wanted(self) -> Request:
+        save = self._look() if self._world.is_main else False
+        if self._signalled:
+            self._stop = max(self._stop, Stop.SIGNAL)
+        if self._failed():
+            self._stop = Stop.FAILED
+        return Request(self._stop, save)
+
+    def _look(self) -> bool:
+        """For files; whether a checkpoint is asked for. A request to save is told once until it is done."""
+        if time.monotonic() - self._looked < _LOOK:
+            return False
+        self._looked = time.monotonic()
+        if self._launch is not None and (self._launch / launched.STOP).exists():
+            self._stop = max(self._stop, Stop.SIGNAL)
+        if (self._run / STOP_FILE).exists():
+            self._stop = max(self._stop, Stop.FILE)
+        save = not self._saving and (self._run / SAVE_FILE).exists()
+        self._saving |= save
+        return save
+
+    def done(self, request: Request) -> None:
+        """A checkpoint is committed: the files that asked for it go."""
+        if not self._world.is_main:
+            return
+        with suppress(OSError):  # one that cannot be removed is not obeyed for ever: it was told once
+            if request.stop is Stop.FILE:
+                (self._run / STOP_FILE).unlink(missing_ok=True)
+            if request.save:
+                (self._run / SAVE_FILE).unlink(missing_ok=True)
+                self._saving = False
 
     def close(self) -> None:
         """Give the signals back, and finish the agreement that is under way."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         if self._pending is not None:
             self._pending.wait()
             self._pending = None

@@ -1,4 +1,4 @@
-"""Who this process is among its ranks. Nothing else in the house reads RANK or WORLD_SIZE."""
+"""Joining the other ranks, and this process's place among them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from models.errors import ConfigError
 from pretrain.config import ParallelConfig
+from pretrain.rank import adopted
 from pretrain.watchdog import Phase, Watchdog
 
 _MARGIN = 60.0  # seconds that torch's own timeout is longer than the watch's, which can name the rank
@@ -67,10 +68,6 @@ def _local_size(size: int, control: dist.ProcessGroup) -> int:
     return sizes[0] if len(set(sizes)) == 1 else 0
 
 
-def rank_in_environment() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but no GPU is visible here; write --device cpu or auto")
@@ -83,16 +80,12 @@ def _device(wanted: str) -> torch.device:
 
 @contextmanager
 def joined(device: str, parallel: ParallelConfig | None = None) -> Iterator[World]:
-    """Join the ranks that torchrun started, or be the only one; leave on exit.
+    """Join the ranks that torchrun or srun started, or be the only one; leave on exit.
 
     ``device`` is auto, cpu or cuda. With ``parallel`` the ranks watch each other: if one dies or hangs, all end. An
     error leaves this context only where it is a rank's own. Without, collectives that outlast ten minutes raise.
     """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            f"srun started {tasks} tasks that do not know of each other: start one task a node, and torchrun in it"
-        )
+    os.environ |= adopted()
     place = _device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

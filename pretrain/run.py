@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from models.errors import ConfigError
 from pretrain.cli import build, dump, flatten, parse_yaml
 from pretrain.config import RunConfig
 from pretrain.distributed import World
-from pretrain.files import locked, write_atomically
+from pretrain.files import write_atomically
+from pretrain.lock import FolderLock
 
 # Keys that may differ when a run is gone on with: they change where and how fast, not what is trained.
 MAY_CHANGE = (
@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "validate.",
     "log.",
 )
+FROZEN_REVISION = "revision.json"  # beside the rooms of a copy of the code
 PACKAGES = ("torch", "deepspeed", "torchao", "numpy", "datasets", "sentencepiece", "tensorboard", "pydantic")
 
 
@@ -46,7 +47,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._held = ExitStack()
+        self._lock: FolderLock | None = None
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.deepspeed = path / "deepspeed.json"
@@ -71,8 +72,8 @@ class RunFolder:
             if self.config.exists():
                 self._check_same(config)
             self.path.mkdir(parents=True, exist_ok=True)
-            busy = f"another process trains {self.path}: wait until it ends, or write --name for a new run"
-            self._held.enter_context(locked(self.path, busy))
+            self._lock = FolderLock(self.path, config.parallel.silence)
+            self._lock.acquire()
             write_atomically(self.config, dump(config).encode())
             write_atomically(self.environment, _json(environment(world)))
             if deepspeed:
@@ -81,10 +82,17 @@ class RunFolder:
                 self.deepspeed.unlink(missing_ok=True)
             write_atomically(self.tokenizer, tokenizer.read_bytes())
         except OSError as error:
+            self.release()
             raise ConfigError(f"cannot write the run's folder {self.path}: {error.strerror}") from None
 
     def release(self) -> None:
-        self._held.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process still holds the folder. One that was frozen for long may find another in its place."""
+        return self._lock is None or self._lock.is_ours
 
     def _check_same(self, config: RunConfig) -> None:
         there, here = flatten(self.read_config()), flatten(config)
@@ -133,6 +141,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def revision() -> dict[str, Any]:
+    """Of the code that runs: as git has it, None where it is no checkout; or as git had it when it was frozen."""
+    frozen = Path(__file__).parent.parent / FROZEN_REVISION
+    if frozen.exists():
+        return dict(json.loads(frozen.read_text(encoding="utf-8")))
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"git_revision": _git("rev-parse", "HEAD"), "git_changes": bool(changes)}
+
+
 def environment(world: World) -> dict[str, Any]:
     """What a reader needs to repeat the run: versions, revision, hardware, world size, command line."""
     cuda = world.device.type == "cuda"
@@ -140,8 +157,7 @@ def environment(world: World) -> dict[str, Any]:
         "command": sys.orig_argv,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **revision(),
         "world_size": world.size,
         "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),

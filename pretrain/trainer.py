@@ -19,7 +19,7 @@ from pretrain.agreement import Ranks
 from pretrain.batch import make_batch
 from pretrain.checkpoint import Checkpointer, Saver, restore_rng_state, rng_state
 from pretrain.config import RunConfig
-from pretrain.control import StopRequest
+from pretrain.control import Requests, Stop
 from pretrain.counts import derive_counts
 from pretrain.data import Loader, RankBatch, open_source
 from pretrain.distributed import World
@@ -92,8 +92,12 @@ class Trainer:
         # Of its own, so that a save beside the training never comes between what the loop agrees on. A slow disk is no
         # failure, and a rank that is gone is the watchdog's business.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world.size > 1 else None
-        self.checkpointer = Checkpointer(self.folder.checkpoints, keep.keep, keep.keep_every, group)
+        self.checkpointer = Checkpointer(
+            self.folder.checkpoints, keep.keep, keep.keep_every, group, lambda: self.folder.is_ours
+        )
         self.step = 0
+        self.stopped = Stop.NO
+        self.diverged = ""
         self.data_state = self.source.state()
         self.validation: Evaluation | None = None
         self._resume()
@@ -163,8 +167,13 @@ class Trainer:
         if self.step:
             say(f"going on after step {self.step}")
 
-    def closing_line(self) -> str:
-        """The last line on standard output of a finished run; other people's tools read it."""
+    def last_line(self, outcome: Outcome) -> str:
+        """What there is to say at the end. Of a finished run it is the last line on standard output, which other
+        people's tools read."""
+        if outcome is Outcome.DIVERGED:
+            return self.diverged
+        if outcome is Outcome.STOPPED:
+            return f"stopped: step {self.step} of {self.counts.steps}, run {self.folder.path}"
         loss, bits = ("none", "none") if self.validation is None else (f"{v:.4f}" for v in self.validation)
         return f"finished: step {self.step}, val_loss {loss}, val_bits_per_byte {bits}, run {self.folder.path}"
 
@@ -172,7 +181,7 @@ class Trainer:
 
     def run(self) -> Outcome:
         config, counts, console = self.config, self.counts, self.console
-        stop = StopRequest(self.world, failed=lambda: self.saver.failed)
+        requests = Requests(self.world, self.folder.path, failed=lambda: self.saver.failed)
         loader = Loader(
             self.source,
             batch_size=counts.sequences,
@@ -204,18 +213,21 @@ class Trainer:
                     console.advance(self.step)
                     if self._due(config.checkpoint.every):
                         self._save(loss, norm)
-                    if self.step < counts.steps and stop.agreed():
+                    if self.step < counts.steps and any(request := requests.agreed()):
                         self._save(loss, norm)
-                        return Outcome.STOPPED
+                        requests.done(request)
+                        if request.stop:
+                            self.stopped = request.stop
+                            return Outcome.STOPPED
             return Outcome.FINISHED
         except Diverged as diverged:
-            console.message(str(diverged))
+            self.diverged = str(diverged)
             return Outcome.DIVERGED
         finally:
             console.close()
             if self.metrics is not None:
                 self.metrics.close()
-            stop.close()  # waits for all ranks, one of which may be gone
+            requests.close()  # waits for all ranks, one of which may be gone
             if not self.saver.busy:  # else what writes on unheeded holds the folder until the process ends
                 self.folder.release()  # last: until here another process would write beside this one
 

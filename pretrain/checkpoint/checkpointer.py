@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,15 +40,23 @@ class Checkpointer:
 
     ``keep``: how many of the newest stay; ``keep_every``: steps that are its multiples stay for good. Older ones go
     only after a later one is committed, so there is room needed for ``keep + 1``.
-    ``group``: a gloo group of all ranks; None in a process without torch.distributed.
+    ``group``: a gloo group of all ranks; None in a process without torch.distributed. ``is_ours``: whether this run
+    still holds the folder, asked of rank 0 before a commit.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int | None, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int | None,
+        group: dist.ProcessGroup | None = None,
+        is_ours: Callable[[], bool] = lambda: True,
+    ) -> None:
         if keep < 1:
             raise ConfigError(f"checkpoint.keep is {keep}: write 1 or more, the newest checkpoint always stays")
         if keep_every is not None and keep_every < 1:
             raise ConfigError(f"checkpoint.keep_every is {keep_every}: write 1 or more, or null for none")
-        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.folder, self.keep, self.keep_every, self._is_ours = folder, keep, keep_every, is_ours
         self.ranks = Ranks(group)
 
     def save(self, step: int, tensors: dict[str, Any], extras: dict[str, Any], rank_state: dict[str, Any]) -> Path:
@@ -157,6 +165,8 @@ class Checkpointer:
                         "set runs_dir to a folder that all nodes share"
                     )
                 files[name] = record
+            if not self._is_ours():
+                raise ConfigError(f"another process has taken over {self.folder}: this one commits nothing")
             commit.commit(self.folder, Manifest(step, self.ranks.size, files))
 
         self.ranks.first(lambda: commit.begin(self.folder, step))

@@ -137,7 +137,8 @@ def test_the_folder_holds_what_continues_it(tmp_path: Path, tokenizer: Path) -> 
     assert folder.tokenizer.read_bytes() == b"pieces"
     claim(folder, small(), folder.tokenizer)  # data.stream.tokenizer may name the run's own
     assert folder.tokenizer.read_bytes() == b"pieces"
-    assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "environment.json", "tokenizer.model"}
+    names = {path.name for path in folder.path.iterdir()}
+    assert names == {"config.yaml", "environment.json", "tokenizer.model", "owner"}
 
 
 def test_folders_that_are_none(tmp_path: Path, tokenizer: Path) -> None:
@@ -151,7 +152,8 @@ def test_a_folder_has_one_owner_at_a_time(tmp_path: Path, tokenizer: Path) -> No
     one, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     one.claim(small(), tokenizer, WORLD)
     before = one.environment.read_bytes()
-    with pytest.raises(ConfigError, match=r"another process trains .*run: wait until it ends, or write --name"):
+    busy = r"another process trains .*run \(host .*\): wait until it ends, or write --name"
+    with pytest.raises(ConfigError, match=busy):
         claim(other, small(), tokenizer, World(0, 9, torch.device("cpu")))
     assert one.environment.read_bytes() == before
     assert other.read_config() == small(), "who only reads is not held up"

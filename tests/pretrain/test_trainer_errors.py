@@ -14,7 +14,7 @@ import torch
 
 from pretrain.__main__ import main
 from pretrain.engines.fsdp import FSDPEngine
-from pretrain.files import locked
+from pretrain.lock import FolderLock
 from tests.runs import committed_steps, pretrain, write_config
 
 
@@ -179,8 +179,12 @@ def test_two_processes_do_not_train_one_run(corpus: Path, tmp_path: Path, capsys
     config = write_config(tmp_path, corpus)
     run = tmp_path / "runs/small"
     run.mkdir(parents=True)
-    with locked(run, "busy"):
+    lock = FolderLock(run, silence=30.0)
+    lock.acquire()
+    try:
         assert "another process trains" in _fails([str(config)], capsys)
+    finally:
+        lock.release()
     assert main([str(config)]) == 0
 
 

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Freeze code and configuration now, and submit a job that runs them:
+#
+#   bash launch/submit.sh [--dry-run] [options of sbatch] -- CONFIG.yaml [--section.key value ...]
+#   bash launch/submit.sh [--dry-run] [options of sbatch] -- --study STUDY.yaml      one element of an array for each cell
+#
+# From the checkout's folder. The job's own output goes to the run's folder.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+dry=''
+if [[ ${1:-} == --dry-run ]]; then
+  dry=1
+  shift
+fi
+options=()
+while [[ $# -gt 0 && $1 != -- ]]; do
+  options+=("$1")
+  shift
+done
+if [[ $# -lt 2 ]]; then
+  echo "error: write bash launch/submit.sh [options of sbatch] -- CONFIG.yaml [--section.key value ...]" >&2
+  exit 2
+fi
+shift
+
+printed=$("$LAUNCH_PYTHON" -m launch freeze ${dry:+--dry-run} "$@")
+frozen=${printed%$'\n'*}
+run=${frozen%/frozen/*}
+defaults=("--job-name=${run##*/}" "--output=$run/slurm-%j.out")
+if [[ $1 == --study ]]; then
+  defaults+=("--array=0-$((${printed##*$'\n'} - 1))" "--output=$run/slurm-%A_%a.out")
+fi
+command=(sbatch "${defaults[@]}" "${options[@]}" "$frozen/code/launch/train.sbatch" --frozen "$frozen")
+if [[ -n $dry ]]; then
+  printf '%q ' "${command[@]}"
+  printf '\n'
+  exit 0
+fi
+exec "${command[@]}"
