@@ -1,9 +1,11 @@
 """The launches of a run: one folder for each time that it was started, ``runs/NAME/launches/ID``.
 
 launch.json      when, where, by which job, from which code, after which checkpoint
-stop             whoever wants this launch to stop (the batch script on SIGUSR1, a node's agent) makes this file
-outcome.json     how it ended, by the run itself; none if it was killed or crashed
-node-0/…         what every rank printed
+- ``launch.json``: when, where, by which job, from which code, after which checkpoint
+- ``health.json``: what the health check measured and found
+- ``stop``: made by whoever wants this launch to stop, the batch script or a node's agent
+- ``outcome.json``: how it ended, by the run itself; none if it was killed or crashed
+- ``ranks/HOST/``, ``health/HOST/``: what every rank printed
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 from pretrain.launched import OUTCOME, STOP
 
 LAUNCHES = "launches"
+HEALTH = "health.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Launch:
             return dict(json.loads((self.folder / OUTCOME).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
+
+    @property
+    def unhealthy(self) -> list[str]:
+        """What the health check found that kept the run from its first step."""
+        try:
+            found = json.loads((self.folder / HEALTH).read_text(encoding="utf-8"))["findings"]
+        except FileNotFoundError:
+            return []
+        return [one["text"] for one in found if one["fails"]]
 
     def ask_to_stop(self, reason: str) -> None:
         (self.folder / STOP).write_text(f"{reason}\n", encoding="utf-8")

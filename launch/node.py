@@ -23,7 +23,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from launch.launches import Launch, read
+from launch.launches import HEALTH, Launch, read
 from pretrain import launched
 
 ASKING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
@@ -96,7 +96,8 @@ def plan(
     options += ["--log-dir", str(logs), "--redirects", "3"]
     if first:
         options += ["--tee", "0:3"]
-    program = ["launch", "health", launch.run] if health else ["pretrain", *launch.arguments]
+    check = ["launch", "health", launch.run, "--json", str(launch.folder / HEALTH)]
+    program = check if health else ["pretrain", *launch.arguments]
     return settings, [*options, "-m", *program]
 
 

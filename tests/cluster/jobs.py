@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import yaml
@@ -15,15 +16,12 @@ from launch.launches import Launch, committed_step, launches_of
 from tests.cluster.slurm import Slurm
 from tests.runs import REPOSITORY, checkpoint_tensors, curve
 
-SCRIPT = REPOSITORY / "launch" / "train.sbatch"
-STEPS = 40
-
 # 3.4 million parameters: a step takes a tenth of a second on two ranks, a checkpoint is 27 MB, and so lasts.
 CONFIG: dict[str, Any] = {
     "name": "drill",
     "model": {"plan": "dnt", "width": 256, "depth": 4, "heads": 4, "context": 64},
     "data": {"sequence_length": 64},
-    "train": {"steps": STEPS, "batch_tokens": 512, "micro_batch": 2},
+    "train": {"steps": 40, "batch_tokens": 512, "micro_batch": 2},
     "optimizer": {"name": "msgdw", "lr": 0.1},
     "schedule": {"warmup_steps": 4},
     "checkpoint": {"every": 15},
@@ -41,7 +39,7 @@ def configuration(folder: Path, data: Path, **more: Any) -> Path:
         tree[key] = tree.get(key, {}) | value if isinstance(value, dict) else value
     tree |= {"runs_dir": str(folder / "runs")}
     tree["data"] |= {"path": str(data)}
-    path = folder / f"{tree['name']}.yaml"
+    path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
@@ -56,16 +54,21 @@ class Job:
 
     @classmethod
     def submit(
-        cls, slurm: Slurm, config: Path, *options: object, health: bool = False, overrides: tuple[str, ...] = ()
-    ):
-        """On two nodes, one rank each, unless ``options`` of sbatch say otherwise."""
+        cls,
+        slurm: Slurm,
+        config: Path,
+        *options: object,
+        overrides: tuple[str, ...] = (),
+        checkout: Path = REPOSITORY,
+        env: Mapping[str, str] | None = None,
+    ) -> Self:
+        """On two nodes, one rank each, unless ``options`` of sbatch say otherwise; without a health check."""
         tree = yaml.safe_load(config.read_text())
-        environment = {"LAUNCH_HEALTH": str(int(health)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment["LAUNCH_PYTHON"] = os.environ.get("LAUNCH_PYTHON", str(REPOSITORY / ".venv/bin/python"))
-        output = f"--output={config.parent}/{tree['name']}-%j.out"
-        number = slurm.sbatch(
-            "--nodes=2", output, *options, SCRIPT, config, *overrides, env=environment, cwd=REPOSITORY
-        )
+        environment = {"LAUNCH_HEALTH": "0", "LAUNCH_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1"} | dict(env or {})
+        output = f"--output={config.parent}/{config.stem}-%j.out"
+        script = [checkout / "launch/train.sbatch", config, *overrides]
+        number = slurm.sbatch("--nodes=2", output, *options, *script, env=environment, cwd=checkout)
         return cls(slurm, number, Path(tree["runs_dir"]) / tree["name"])
 
     @property

@@ -18,7 +18,7 @@ rm -f "$folder/run/ready" "$folder/run/init.pid"
 
 hosts='127.0.0.1 localhost'
 add_host() {
-  # PyTorch asks for IPv6 addresses first, and warns for each host that has none.
+  # PyTorch sees its peers under IPv4-mapped addresses, and warns of those without a name.
   hosts+=$'\n'"$1 $2"$'\n'"::ffff:$1 $2"
 }
 add_host 10.88.0.1 ctl
@@ -52,7 +52,7 @@ setsid unshare --pid --fork --kill-child=KILL --mount --propagation private --ne
   <&3 3<&- >"$folder/log/controller.log" 2>&1 &
 outside=$!
 
-trap 'kill -KILL "$outside" 2>/dev/null; tail -n 20 "$folder"/log/*.log >&2' ERR
+trap 'kill -KILL "$outside" 2>/dev/null || true; tail -n 20 "$folder"/log/*.log >&2' ERR
 
 end=$((SECONDS + 60))
 until [ -e "$folder/run/ready" ]; do
