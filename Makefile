@@ -23,7 +23,7 @@ run: setup
 	$(BIN)/python -m tools.generate runs/tiny --prompt "It is a truth"
 
 test: setup cluster
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # A real SLURM for tests/cluster, where it can be installed; elsewhere they are skipped.
 cluster:
