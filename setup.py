@@ -25,7 +25,14 @@ setup(
         "deepspeed": ["deepspeed>=0.19.8"],  # the second engine: ZeRO
         "fp8": ["torchao>=0.18"],  # float8 training of linears, kept by PyTorch
         "report": ["matplotlib>=3.10"],  # pictures of loss curves
-        "test": ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "hypothesis>=6.140", "transformers>=5", "matplotlib>=3.10"],
+        "test": [
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",  # the suite in two processes
+            "hypothesis>=6.140",
+            "transformers>=5",
+            "matplotlib>=3.10",
+        ],
         "lint": ["ruff>=0.17", "mypy>=2", "types-PyYAML"],
     },
 )

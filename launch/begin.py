@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> int:
     if not config.exists():
         there = len(list(config.parent.glob("*.yaml")))
         raise ConfigError(f"{given.frozen} has no cell {given.cell}: write --array=0-{max(there - 1, 0)}")
-    job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if (job := os.environ.get("SLURM_JOB_ID")) is None:
+        raise ConfigError("begin: SLURM_JOB_ID is not set: it is for a SLURM job (train.sbatch)")
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     print(begin(load(config), [str(config)], given.frozen / "code", given.nodes, job, restart).folder)
     return 0
 

@@ -1,6 +1,5 @@
 """The launches of a run: one folder for each time that it was started, ``runs/NAME/launches/ID``.
 
-launch.json      when, where, by which job, from which code, after which checkpoint
 - ``launch.json``: when, where, by which job, from which code, after which checkpoint
 - ``health.json``: what the health check measured and found
 - ``stop``: made by whoever wants this launch to stop, the batch script or a node's agent

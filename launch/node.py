@@ -4,9 +4,9 @@ torchrun is called in this process, not as a command, for two reasons.
 
 Signals. SLURM sends one to every process of a step, an administrator to one of them. torchrun dies of SIGUSR1, and on
 SIGTERM it gives its ranks 30 seconds (before torch 2.12, without a way to change it) to save what may take minutes.
-So the signals that ask for a stop are blocked here, and in the ranks until they can answer: the kernel keeps them. A
-thread of this process takes its own and writes the launch's stop file, which the run's first rank reads: one way, for
-any node and any process, however early.
+So the signals that ask for a stop are blocked here. A thread takes them and writes the launch's stop file, which the
+run's first rank reads once it can: one way, for any node, however early. Ranks inherit that, and keep SIGUSR1 blocked
+until they can answer it (pretrain/__main__.py).
 
 Errors. A rank's failure is one line with its log, instead of torchrun's traceback of itself.
 """
@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.launches import HEALTH, Launch, read
+from models.errors import ConfigError
 from pretrain import launched
 
 ASKING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
@@ -37,7 +38,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--health", action="store_true", help="run the health check instead of the training")
     given = parser.parse_args(arguments)
     launch = read(given.launch)
-    rank, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_STEP_NUM_NODES"])
+    try:
+        rank, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_STEP_NUM_NODES"])
+    except KeyError as error:
+        raise ConfigError(f"node: {error.args[0]} is not set: it is for a step of a SLURM job (train.sbatch)") from None
     place = ["--nnodes", str(nodes), "--node-rank", str(rank), "--rdzv-id", launch.identity]
     place += ["--master-addr", given.address, "--master-port", str(given.port)]
     return torchrun(launch, place, first=rank == 0, health=given.health)
@@ -61,12 +65,12 @@ def torchrun(launch: Launch, place: list[str], first: bool = True, health: bool 
     try:
         run(options)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
         if not health:  # which has said what it found
             died = "" if failure.exitcode > 0 else f" ({signal.Signals(-failure.exitcode).name})"
             print(
-                f"error: a rank on host {socket.gethostname()} ended with exit code {failure.exitcode}{died}; what it "
-                f"printed is in {launch.folder}",
+                f"error: rank {rank} on host {socket.gethostname()} ended with exit code {failure.exitcode}{died}; "
+                f"what it printed is in {launch.folder}",
                 file=sys.stderr,
             )
         return 1
@@ -82,7 +86,10 @@ def plan(
     """What is added to the environment, and torchrun's command line."""
     import torch
 
-    ranks = int(os.environ.get("LAUNCH_RANKS_PER_NODE") or torch.cuda.device_count() or 1)
+    wanted = os.environ.get("LAUNCH_RANKS_PER_NODE") or str(torch.cuda.device_count() or 1)
+    if not wanted.isdecimal() or int(wanted) == 0:
+        raise ConfigError(f"LAUNCH_RANKS_PER_NODE is {wanted!r}: write how many ranks a node has, or leave it empty")
+    ranks = int(wanted)
     settings = {
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "${role_name}",  # the role is empty: lines stay as they were printed
         "TORCHELASTIC_ERROR_FILE_DISABLED": "1",
@@ -98,7 +105,8 @@ def plan(
         options += ["--tee", "0:3"]
     check = ["launch", "health", launch.run, "--json", str(launch.folder / HEALTH)]
     program = check if health else ["pretrain", *launch.arguments]
-    return settings, [*options, "-m", *program]
+    # torchrun replaces ${local_rank} and the like in its program's arguments, and $$ by $ (string.Template).
+    return settings, [*options, "-m", *(word.replace("$", "$$") for word in program)]
 
 
 def show(settings: dict[str, str], options: list[str]) -> str:

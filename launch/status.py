@@ -79,9 +79,9 @@ def _state(owner: Owner | None, run: Path, last: Launch | None, finished: bool) 
         return "finished"
     if owner is None:
         return "not started"
-    if last is not None and last.outcome is not None:
-        return "ended"
-    return "stopped" if owner.released else "dead: killed, or crashed; start it again to go on"
+    if not owner.released:
+        return "dead: killed, or crashed; start it again to go on"
+    return "stopped" if last is None or last.outcome is None else "ended"
 
 
 def job_state(job: str) -> str:

@@ -28,9 +28,10 @@ shift
 printed=$("$LAUNCH_PYTHON" -m launch freeze ${dry:+--dry-run} "$@")
 frozen=${printed%$'\n'*}
 run=${frozen%/frozen/*}
-defaults=("--job-name=${run##*/}" "--output=$run/slurm-%j.out")
+output=${run//%/%%} # sbatch fills in what follows one percent sign
+defaults=("--job-name=${run##*/}" "--output=$output/slurm-%j.out")
 if [[ $1 == --study ]]; then
-  defaults+=("--array=0-$((${printed##*$'\n'} - 1))" "--output=$run/slurm-%A_%a.out")
+  defaults+=("--array=0-$((${printed##*$'\n'} - 1))" "--output=$output/slurm-%A_%a.out")
 fi
 command=(sbatch "${defaults[@]}" "${options[@]}" "$frozen/code/launch/train.sbatch" --frozen "$frozen")
 if [[ -n $dry ]]; then

@@ -28,11 +28,11 @@ def report(code: int, text: str, **more: object) -> None:
     content = json.dumps({"code": code, "text": text, **more}) + "\n"
     partial = here / f".{OUTCOME}.{os.getpid()}"
     with suppress(OSError):
-        partial.write_text(content, encoding="utf-8")
         try:
+            partial.write_text(content, encoding="utf-8")
             os.link(partial, here / OUTCOME)  # never over another's word
         finally:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
 
 
 def exit_code(code: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -28,6 +29,7 @@ from pretrain.watchdog import period_of
 
 log = logging.getLogger(__name__)
 
+_NUMBERED = re.compile(r"\d{8}\.json")
 _SPARE = 4  # periods beyond its silence after which every rank of a run whose first one is gone has ended (watchdog.py)
 
 
@@ -87,23 +89,24 @@ class FolderLock:
         self._folder.mkdir(exist_ok=True)
         while True:
             number, owner = newest(self._folder)
-            if owner is not None and not owner.released and self._lives(number, owner):
+            lives = False if owner is None or owner.released else self._lives(number, owner)
+            if lives:
                 raise ConfigError(
                     f"another process trains {self._folder.parent} ({owner}): wait until it ends, or write --name for "
                     "a new run"
                 )
-            if self._take(number + 1):
+            if lives is False and self._take(number + 1):
                 break
+        self._thread.start()
         for old in range(number, 0, -1):
             if not self._path(old).exists():
                 break
             self._path(old).unlink(missing_ok=True)
-        self._thread.start()
 
     @property
     def is_ours(self) -> bool:
         """False once another process took this one for dead."""
-        return self._path(self._number).exists() and not self._path(self._number + 1).exists()
+        return newest(self._folder)[0] == self._number
 
     def release(self) -> None:
         """Let the next one in at once. May be called more than once."""
@@ -119,20 +122,24 @@ class FolderLock:
     def _take(self, number: int) -> bool:
         """A link, not an open with O_EXCL, so that the file has its content from its first moment on."""
         own = self._folder / f".{socket.gethostname()}.{os.getpid()}"
-        own.write_text(json.dumps(asdict(Owner.here(self._silence))), encoding="utf-8")
         try:
+            own.write_text(json.dumps(asdict(Owner.here(self._silence))), encoding="utf-8")
             os.link(own, self._path(number))
         except FileExistsError:
             return False  # another took it since, and will show that it lives
         finally:
-            own.unlink()
+            own.unlink(missing_ok=True)
+        if newest(self._folder)[0] != number:  # others came since, and took this number's file away with the old ones
+            self._path(number).unlink(missing_ok=True)
+            return False
         self._number = number
         return True
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.json"
 
-    def _lives(self, number: int, owner: Owner) -> bool:
+    def _lives(self, number: int, owner: Owner) -> bool | None:
+        """None if meanwhile another took over."""
         if owner.is_local:
             return owner.lives_here
         path, silence = self._path(number), max(owner.silence, self._silence)
@@ -147,7 +154,7 @@ class FolderLock:
         while time.monotonic() < end:
             time.sleep(period_of(silence) / 2)
             if (beat := _beat_of(path)) != first:
-                return beat is not None  # None: its file went because another took over; look again who
+                return None if beat is None else True
         return False
 
     def _beat(self) -> None:
@@ -182,7 +189,7 @@ def beating(folder: Path) -> bool:
 
 def newest(folder: Path) -> tuple[int, Owner | None]:
     """The highest number in an ``owner`` folder and who that is; 0 and None if nobody ever was."""
-    while numbers := [int(path.stem) for path in folder.glob("[0-9]*.json")]:
+    while numbers := [int(path.stem) for path in folder.glob("[0-9]*.json") if _NUMBERED.fullmatch(path.name)]:
         path = folder / f"{max(numbers):08d}.json"
         try:
             return max(numbers), Owner(**json.loads(path.read_text(encoding="utf-8")))

@@ -19,7 +19,7 @@ from pretrain.agreement import Ranks
 from pretrain.batch import make_batch
 from pretrain.checkpoint import Checkpointer, Saver, restore_rng_state, rng_state
 from pretrain.config import RunConfig
-from pretrain.control import Requests, Stop
+from pretrain.control import Request, Requests, Stop
 from pretrain.counts import derive_counts
 from pretrain.data import Loader, RankBatch, open_source
 from pretrain.distributed import World
@@ -215,10 +215,12 @@ class Trainer:
                         self._save(loss, norm)
                     if self.step < counts.steps and any(request := requests.agreed()):
                         self._save(loss, norm)
+                        self.saver.wait()
                         requests.done(request)
                         if request.stop:
                             self.stopped = request.stop
                             return Outcome.STOPPED
+            requests.done(Request(Stop.FILE, save=True))  # asked in the last steps
             return Outcome.FINISHED
         except Diverged as diverged:
             self.diverged = str(diverged)

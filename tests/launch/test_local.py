@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.runs import ONE_THREAD, REPOSITORY, committed_steps, metrics, write_config
 
 TIMEOUT = 120  # seconds, for a start of torchrun and two ranks on a busy machine
@@ -137,6 +139,7 @@ def test_missing_data_is_one_line(corpus: Path, tmp_path: Path) -> None:
     assert "nowhere" in lines[0]
 
 
+@pytest.mark.drill
 def test_every_way_to_stop_it_and_to_go_on(corpus: Path, tmp_path: Path) -> None:
     """SIGTERM to the launcher, Ctrl-C to all its processes, the run's stop file: a checkpoint, and exit code 75."""
     config = write_config(tmp_path, corpus, {"train": {"steps": 100_000}})
