@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     launch = read(given.launch)
     decision = decide(
         launch.outcome,
-        unhealthy=launch.unhealthy,
+        errors=launch.errors,
         terminated=given.terminated,
         requeues=launch.restart or 0,
         max_requeues=given.max_requeues,
@@ -60,21 +60,21 @@ def failures(launch: Launch, launches: list[Launch], step: int) -> int:
 def decide(
     outcome: dict[str, Any] | None,
     *,
-    unhealthy: Sequence[str] = (),
+    errors: Sequence[str] = (),
     terminated: bool,
     requeues: int,
     max_requeues: int,
     failures: int,
     max_failures: int,
 ) -> Decision:
-    """``unhealthy``: what the health check found; ``requeues``: so far; ``failures``: as in `failures`.
+    """``errors``: what was noticed of a crash; ``requeues``: so far; ``failures``: as in `failures`.
 
     A run that was stopped by a signal, or that crashed, goes on in the same job. One that is finished, that was told
     to stop by its user, or whose end would be the same each time, does not. Neither does one whose batch script got
     SIGTERM: it was cancelled, or SLURM requeues it by itself.
     """
     code = None if outcome is None else outcome["code"]
-    crash = f"unhealthy: {unhealthy[0]}" if unhealthy else "it ended without a word: killed, or crashed"
+    crash = errors[0] if errors else "it ended without a word: killed, or crashed"
     text = crash if outcome is None else outcome["text"]
     if code is not None and code not in (FINISHED, STOPPED):
         return Decision(False, code, f"{text}; starting again would not mend that")

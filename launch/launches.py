@@ -4,6 +4,7 @@
 - ``health.json``: what the health check measured and found
 - ``stop``: made by whoever wants this launch to stop, the batch script or a node's agent
 - ``outcome.json``: how it ended, by the run itself; none if it was killed or crashed
+- ``errors.txt``: why it crashed, a line for each rank or node that noticed
 - ``ranks/HOST/``, ``health/HOST/``: what every rank printed
 """
 
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.launched import OUTCOME, STOP
+from pretrain.launched import ERRORS, OUTCOME, STOP
 
 LAUNCHES = "launches"
 HEALTH = "health.json"
@@ -61,13 +62,15 @@ class Launch:
             return None
 
     @property
-    def unhealthy(self) -> list[str]:
-        """What the health check found that kept the run from its first step."""
+    def errors(self) -> list[str]:
+        """Why it crashed, as far as anybody knew: what the health check found, then what ranks and nodes noticed."""
         try:
             found = json.loads((self.folder / HEALTH).read_text(encoding="utf-8"))["findings"]
         except FileNotFoundError:
-            return []
-        return [one["text"] for one in found if one["fails"]]
+            found = []
+        noticed = self.folder / ERRORS
+        lines = noticed.read_text(encoding="utf-8").splitlines() if noticed.exists() else []
+        return [f"unhealthy: {one['text']}" for one in found if one["fails"]] + lines
 
     def ask_to_stop(self, reason: str) -> None:
         (self.folder / STOP).write_text(f"{reason}\n", encoding="utf-8")

@@ -68,11 +68,9 @@ def torchrun(launch: Launch, place: list[str], first: bool = True, health: bool 
         rank, failure = error.get_first_failure()
         if not health:  # which has said what it found
             died = "" if failure.exitcode > 0 else f" ({signal.Signals(-failure.exitcode).name})"
-            print(
-                f"error: rank {rank} on host {socket.gethostname()} ended with exit code {failure.exitcode}{died}; "
-                f"what it printed is in {launch.folder}",
-                file=sys.stderr,
-            )
+            line = f"error: rank {rank} on host {socket.gethostname()} ended with exit code {failure.exitcode}{died}"
+            launched.crashed(line)
+            print(f"{line}; what it printed is in {launch.folder}", file=sys.stderr)
         return 1
     except SignalException:
         print("interrupted: start again to go on from the last committed checkpoint", file=sys.stderr)

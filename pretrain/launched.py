@@ -1,6 +1,6 @@
-"""What a launcher and a run tell each other, in a folder of that launch: ``stop``, asked of the run, and
-``outcome.json``, how it ended. torchrun and srun change exit codes, and forward signals late or twice; files they leave
-alone. Without a launcher there is no folder, and the process's own exit code is the answer."""
+"""What a launcher and a run tell each other, in a folder of that launch: ``stop``, asked of the run; ``outcome.json``,
+how it ended; ``errors.txt``, why it crashed. torchrun and srun change exit codes, and forward signals late or twice;
+files they leave alone. Without a launcher there is no folder, and the process's own exit code is the answer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 VARIABLE = "EQUIPOISE_LAUNCH"  # the folder, set by the launcher
 STOP = "stop"
 OUTCOME = "outcome.json"
+ERRORS = "errors.txt"
 
 
 def folder() -> Path | None:
@@ -33,6 +34,13 @@ def report(code: int, text: str, **more: object) -> None:
             os.link(partial, here / OUTCOME)  # never over another's word
         finally:
             partial.unlink(missing_ok=True)
+
+
+def crashed(line: str) -> None:
+    """Leave word why, in one place for all ranks: most print into files of their own. ``line`` is one line."""
+    if (here := folder()) is not None:
+        with suppress(OSError), (here / ERRORS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def exit_code(code: int) -> int:

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from models.errors import ConfigError
+from pretrain import launched
 
 Phase = Literal["start", "data", "step", "validation", "checkpoint"]
 State = Literal["running", "failed", "left"]
@@ -331,6 +332,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _say(line: str) -> None:
+    launched.crashed(line)
     bar = "\n\x1b[?25h" if sys.stderr.isatty() else ""  # below the progress bar, which hid the cursor
     print(bar + line, file=sys.stderr, flush=True)
 

@@ -113,6 +113,8 @@ def suffer(slurm: Slurm, folder: Path, data: Path, key: str) -> Outcome:
     restart = job.launches[-1]
     assert restart.restart == 1, f"requeued {restart.restart} times"
     assert restart.step >= before, "a committed checkpoint was lost"
+    if key in ("rank", "frozen", "agent"):
+        assert "launch: error: rank " in job.output, "the job's output says why"
     if key in ("slurmd", "cut", "drop", "power", "first"):
         assert restart.nodes != job.launches[0].nodes, "it goes on on a node that is gone"
     (job.run / "stop").touch()

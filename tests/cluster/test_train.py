@@ -79,11 +79,16 @@ def test_a_second_job_of_a_run_refuses(slurm4: Slurm, corpus: Path, tmp_path: Pa
     assert f"another process trains {first.run} (host n1, process" in second.output
     assert f"SLURM job {first.number}, since" in second.output
     assert second.restarts == 0, "a mistake is not requeued"
+    status = slurm4.on("ctl", sys.executable, "-m", "launch", "status", first.run, cwd=REPOSITORY)
+    assert "state      running\n" in status
+    assert f"job        {first.number} RUNNING" in status
     (first.run / "stop").touch()
     assert first.until_ended() == "FAILED"
     assert first.record["ExitCode"] == "75:0"
-    assert first.committed == metrics(first.run)[-1]["step"] // 5 * 5 or first.committed > 5
-    shutil.rmtree(first.run / "owner")  # what only the lock kept apart is whole without it
+    assert first.restarts == 0, "whoever stops it by hand does not want it back"
+    stopped = first.launches[0].outcome
+    assert stopped is not None
+    assert first.committed == stopped["step"] > 5
 
 
 def test_a_mistake_ends_a_job(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:

@@ -178,3 +178,14 @@ def test_what_the_health_check_found_is_told(tmp_path: Path, capsys: pytest.Capt
     assert said.err.startswith("launch: unhealthy: n1 has no GPU 3; requeue 1 of")
     assert main([str(last.folder), "--max-failures", "1"]) == 0
     assert capsys.readouterr().out == "end 1\n"
+
+
+def test_what_was_noticed_of_a_crash_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = launch(tmp_path, 0, 0, None)
+    (last.folder / "errors.txt").write_text("error: rank 3 of 8 (host n2, process 7) has not been heard of\nan echo\n")
+    assert main([str(last.folder)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "requeue\n"
+    assert said.err == (
+        "launch: error: rank 3 of 8 (host n2, process 7) has not been heard of; requeue 1 of at most 100\n"
+    )
