@@ -30,7 +30,7 @@ Phase = Literal["start-up", "compile", "step", "validation", "save"]
 Target = Literal["batch script", "all processes", "one rank", "one node"]
 PHASES: tuple[Phase, ...] = ("start-up", "compile", "step", "validation", "save")
 TARGETS: tuple[Target, ...] = ("batch script", "all processes", "one rank", "one node")
-_STEPS = 25  # of a round at most
+_STEPS = 10  # of a round: every phase comes within them
 
 
 class Round(NamedTuple):
@@ -96,17 +96,16 @@ def _wait_for(job: Job, launch: int, phase: Phase, chance: random.Random) -> Non
     if phase == "compile":
         time.sleep(chance.uniform(0, 3))
         return
-    first = chance.randint(1, 2)  # the n-th time that the phase comes
     if phase == "save":
-        partial = f".step-{(job.committed // 15 + first) * 15:08d}.partial"
-        slurm.until("a save", lambda: (job.run / "checkpoints" / partial).exists(), timeout=90, period=0.002)
+        partial = f"checkpoints/.step-{(job.committed // 8 + 1) * 8:08d}.partial"
+        slurm.until("a save", (job.run / partial).exists, timeout=90, period=0.002)
         return
     seen: list[int] = []
 
     def comes() -> bool:
         lines = job.steps(launch)
         seen[:] = [step for step in dict.fromkeys(lines) if (step % 10 == 0) == (phase == "validation")]
-        return len(seen) >= first and (phase == "step" or lines.count(seen[-1]) == 1)
+        return bool(seen) and (phase == "step" or lines.count(seen[-1]) == 1)
 
     slurm.until(phase, comes, timeout=90, period=0.01)
     time.sleep(chance.uniform(0, 0.3))

@@ -100,7 +100,7 @@ def suffer(slurm: Slurm, folder: Path, data: Path, key: str) -> Outcome:
     job = Job.submit(slurm, config, *fault.options)
     job.until_step(20)
     step, before = max(job.steps(0)), job.committed
-    assert before >= 15
+    assert before >= 16
     began = time.monotonic()
     fault.strike(job)
     if not fault.goes_on:
