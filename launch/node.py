@@ -5,8 +5,8 @@ torchrun is called in this process, not as a command, for two reasons.
 Signals. SLURM sends one to every process of a step, an administrator to one of them. torchrun dies of SIGUSR1, and on
 SIGTERM it gives its ranks 30 seconds (before torch 2.12, without a way to change it) to save what may take minutes.
 So the signals that ask for a stop are blocked here. A thread takes them and writes the launch's stop file, which the
-run's first rank reads once it can: one way, for any node, however early. Ranks inherit that, and keep SIGUSR1 blocked
-until they can answer it (pretrain/__main__.py).
+run's first rank reads once it can: one way, for any node, however early. Ranks inherit that, and look for a SIGUSR1 of
+their own in each step (pretrain/control.py).
 
 Errors. A rank's failure is one line with its log, instead of torchrun's traceback of itself.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__":
-    # A request to stop waits until the loop can honour it. What else a launcher blocks for itself, ranks inherit.
+    # A request to stop waits until the loop looks for it (control.py). What else a launcher blocks, ranks inherit.
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGUSR1})
 
 import errno

@@ -44,6 +44,9 @@ class Requests:
     flags on the control group and reads the one that the step before started, so that the step never waits for it.
     A second interrupt raises KeyboardInterrupt at once: the last committed checkpoint is what remains.
 
+    SIGUSR1 stays blocked and is looked for in each step. A scheduler that sends it to all processes would else end the
+    compilers that the run has started, which inherit what is blocked and have no handler.
+
     ``run``: the run's folder; the first rank looks there for files called stop and save, and in the launcher's folder
     for stop. ``failed``: whether work beside the loop has failed here. Neither costs a wait for the device.
     """
@@ -58,8 +61,7 @@ class Requests:
         self._pending: dist.Work | None = None
         self._signalled = False
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        # Blocked since the process started (__main__), so that one which came earlier arrives now.
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # as __main__ has done from its start
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signalled and number == signal.SIGINT:
@@ -82,11 +84,17 @@ class Requests:
 
     def _wanted(self) -> Request:
         save = self._look() if self._world.is_main else False
+        self._take_pending()
         if self._signalled:
             self._stop = max(self._stop, Stop.SIGNAL)
         if self._failed():
             self._stop = Stop.FAILED
         return Request(self._stop, save)
+
+    def _take_pending(self) -> None:
+        if signal.SIGUSR1 in signal.sigpending():
+            signal.sigwait({signal.SIGUSR1})  # returns at once
+            self._signalled = True
 
     def _look(self) -> bool:
         """For files; whether a checkpoint is asked for. A request to save is told once until it is done."""
@@ -114,6 +122,7 @@ class Requests:
 
     def close(self) -> None:
         """Give the signals back, and finish the agreement that is under way."""
+        self._take_pending()  # or giving the handlers back would end the process
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         if self._pending is not None:
             self._pending.wait()

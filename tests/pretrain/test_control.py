@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_a_signal_that_came_before_the_loop_is_honoured_in_it(tmp_path: Path) ->
         requests = Requests(ALONE, tmp_path)
         try:
             assert requests.agreed().stop is Stop.SIGNAL
-            assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            assert signal.SIGUSR1 not in signal.sigpending(), "taken, or it would end the process later"
         finally:
             requests.close()
         assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -213,6 +214,17 @@ def test_a_run_that_is_asked_by_files(corpus: Path, tmp_path: Path, monkeypatch:
 
 
 # ---------------------------------------------------------------------- several ranks
+
+
+def test_what_a_run_starts_outlives_a_signal_to_all_processes(stop: Requests) -> None:
+    """Compilers, above all: a scheduler may signal every process of a step."""
+    with subprocess.Popen(["sleep", "60"]) as child:
+        try:
+            child.send_signal(signal.SIGUSR1)
+            time.sleep(0.3)
+            assert child.poll() is None
+        finally:
+            child.kill()
 
 
 def stopped_at(number: signal.Signals, struck: int, when: int) -> tuple[int, int]:
