@@ -216,7 +216,7 @@ def test_a_run_that_is_asked_by_files(corpus: Path, tmp_path: Path, monkeypatch:
 # ---------------------------------------------------------------------- several ranks
 
 
-def test_what_a_run_starts_outlives_a_signal_to_all_processes(stop: Requests) -> None:
+def test_what_a_run_starts_outlives_a_signal_to_all_processes(requests: Requests) -> None:
     """Compilers, above all: a scheduler may signal every process of a step."""
     with subprocess.Popen(["sleep", "60"]) as child:
         try:
