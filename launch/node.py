@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--address", required=True, help="the host of the first node")
     parser.add_argument("--port", type=int, required=True, help="the ranks meet there")
     parser.add_argument("--health", action="store_true", help="run the health check instead of the training")
+    parser.add_argument("--dry-run", action="store_true", help="only show torchrun's command")
     given = parser.parse_args(arguments)
     launch = read(given.launch)
     try:
@@ -44,6 +45,9 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"node: {error.args[0]} is not set: it is for a step of a SLURM job (train.sbatch)") from None
     place = ["--nnodes", str(nodes), "--node-rank", str(rank), "--rdzv-id", launch.identity]
     place += ["--master-addr", given.address, "--master-port", str(given.port)]
+    if given.dry_run:
+        print(show(*plan(launch, place, rank == 0, given.health)))
+        return 0
     return torchrun(launch, place, first=rank == 0, health=given.health)
 
 

@@ -171,3 +171,18 @@ def test_a_disk_that_does_not_take_the_file_ends_no_agent(tmp_path: Path) -> Non
     process.join(60)
     process.kill()
     assert process.exitcode == 7
+
+
+def test_a_dry_run_only_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = launch(tmp_path)
+    one.create()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    assert main([str(one.folder), "--address", "n1", "--port", "20000", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert option(words, "--node-rank") == "1"
+    assert macros.substitute(words[words.index("-m") :], "0") == ["-m", "pretrain", *WORDS]
+    assert sorted(tmp_path.rglob("*")) == before
