@@ -34,6 +34,7 @@ done
 conf=$(<"$here/slurm.conf.in")
 conf=${conf//@FOLDER@/$folder}
 conf=${conf//@KILL_WAIT@/${KILL_WAIT:-2}}
+conf=${conf//@ID@/$$} # jobs of clusters that run side by side are told apart by it
 printf '%s\n' "${conf//@NODES@/$lines}" >"$folder/etc/slurm.conf"
 echo "$gpus" >"$folder/etc/gpus"
 if [ "$gpus" -gt 0 ]; then
