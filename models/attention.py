@@ -63,6 +63,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
     return _flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
 
 
+class KeyValues:
+    """Keys and values of the at most ``capacity`` tokens that one attention has seen, in its key and value heads."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, those of the new tokens (k, v [batch, kv heads, length, head width]) at the end."""
+        if self._held is None:
+            batch, heads, _, width = k.shape
+            self._held = (
+                k.new_empty(batch, heads, self.capacity, width),
+                v.new_empty(batch, heads, self.capacity, width),
+            )
+        begin, self.length = self.length, self.length + k.shape[2]
+        keys, values = self._held
+        keys[:, :, begin : self.length] = k
+        values[:, :, begin : self.length] = v
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+
 class Attention(nn.Module):
     """``Wo . attn_mid(attention(query(Wq a), key(Wk a), Wv a))`` for a [batch, length, width]."""
 
@@ -88,10 +111,14 @@ class Attention(nn.Module):
             x = norm(x)
         return x.transpose(1, 2)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, seen: KeyValues | None = None
+    ) -> Tensor:
         q, k, v = self._heads(self.q(x), self.query), self._heads(self.k(x), self.key), self._heads(self.v(x), None)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
+        if seen is not None:
+            k, v = seen.append(k, v)
         y = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
         if self.attn_mid is not None:
             y = self.attn_mid(y)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention, document_mask, rotary_table
+from models.attention import Attention, KeyValues, document_mask, rotary_table
 from models.config import ModelConfig
 from models.feedforward import FeedForward
 from models.loss import cross_entropy_sum
@@ -36,11 +36,46 @@ class Block(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
-        a = self.attention(_through(self.attn_in, x), rotary, mask)
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, seen: KeyValues | None = None
+    ) -> Tensor:
+        a = self.attention(_through(self.attn_in, x), rotary, mask, seen)
         x = x + self._drop(_through(self.attn_out, a))
         m = self.feedforward(_through(self.mlp_in, x))
         return x + self._drop(_through(self.mlp_out, m))
+
+
+class Cache:
+    """What a model keeps of the tokens it has seen, so that one more token costs the work of one.
+
+    ``padding`` int64 [batch] says how many first places of each row hold no token: rows of different lengths end
+    together.
+    """
+
+    def __init__(self, config: ModelConfig, padding: Tensor, capacity: int) -> None:
+        assert capacity <= config.context, f"{capacity} tokens exceed the context of {config.context}"
+        self.capacity = capacity
+        self.padding = padding
+        self.blocks = [KeyValues(capacity) for _ in range(config.depth)]
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        if config.trunk == "llama":
+            self.rotary = rotary_table(capacity, config.head_width, config.rope_theta, padding.device)
+
+    @property
+    def full(self) -> bool:
+        return self.blocks[0].length == self.capacity
+
+    def next_places(self, count: int) -> tuple[Tensor, Tensor]:
+        """Of the next ``count`` places: their positions, int64 [batch, count], counted from each row's first token, and
+        what they see of all places so far, bool [batch, 1, count, places]."""
+        begin = self.blocks[0].length
+        assert begin + count <= self.capacity, f"{begin + count} tokens exceed a cache for {self.capacity}"
+        places = torch.arange(begin + count, device=self.padding.device)
+        own = places[begin:, None]
+        padding = self.padding[:, None]
+        # a place without a token sees itself alone: a softmax over nothing may be NaN, and 0 * NaN reaches the others
+        visible = (places <= own) & ((places >= padding)[:, None] | (places == own))
+        return (places[begin:] - padding).clamp(min=0), visible[:, None]
 
 
 class Transformer(nn.Module):
@@ -61,11 +96,11 @@ class Transformer(nn.Module):
         # A tied head has no parameter of its own, so no tool can see the shared weight twice.
         self.head = None if config.is_tied else nn.Linear(config.width, config.vocabulary, bias=False)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor | slice) -> Tensor:
         """fp32 up to and including the embed norm, then the compute dtype, which is also the residual stream's."""
         x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions.weight[: tokens.shape[1]]
+            x = x + self.positions.weight[positions]
         if self.embedding_scale is not None:
             x = x * self.embedding_scale
         x = _through(self.embed, x)
@@ -74,6 +109,9 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))
         config = self.config
         return F.dropout(x, config.dropout, self.training) if config.dropout else x
+
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
         self,
@@ -89,7 +127,7 @@ class Transformer(nn.Module):
         config = self.config
         length = tokens.shape[1]
         assert length <= config.context, f"{length} tokens exceed the context of {config.context}"
-        x = self._embed(tokens)
+        x = self._embed(tokens, slice(length))
         rotary = None
         if config.trunk == "llama":
             rotary = rotary_table(length, config.head_width, config.rope_theta, tokens.device)
@@ -97,7 +135,20 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, rotary, mask)
         x = _through(self.final, x)
-        weight = self.embedding.weight if self.head is None else self.head.weight
+        weight = self._head_weight()
         if targets is None:
             return F.linear(x, weight)
         return cross_entropy_sum(x.flatten(0, 1), weight, targets.flatten(), z_loss, loss_chunk)
+
+    def extend(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Logits [batch, vocabulary] of what follows ``tokens`` int64 [batch, length], which go on from those that
+        ``cache`` holds; afterwards it holds these too."""
+        positions, visible = cache.next_places(tokens.shape[1])
+        x = self._embed(tokens, positions)
+        rotary = None
+        if cache.rotary is not None:
+            cosine, sine = cache.rotary
+            rotary = cosine[positions].unsqueeze(1), sine[positions].unsqueeze(1)
+        for block, seen in zip(self.blocks, cache.blocks, strict=True):
+            x = block(x, rotary, visible, seen)
+        return F.linear(_through(self.final, x[:, -1]), self._head_weight())
