@@ -49,8 +49,10 @@ def status(run: Path) -> dict[str, Any]:
     step = records[-1]["step"] if records else 0
     committed = committed_step(run)
     launches = launches_of(run)
-    last = launches[-1] if launches else None
     owner = newest(run / "owner")[1]
+    # A later launch may be one that was refused because the owner's trains.
+    owned = [one for one in launches if owner is not None and owner.job is not None and one.job == owner.job]
+    last = next(reversed(owned or launches), None)
     steps = None if config is None else derive_counts(config, 1).steps
     return {
         "run": str(run),
