@@ -12,6 +12,7 @@ from pretrain.checkpoint import Checkpointer
 from pretrain.config import RunConfig
 from pretrain.data import Tokenizer
 from pretrain.run import RunFolder
+from tools.formats.tokenizer import FAST, HUB_FILES, FastTokenizer
 
 
 class TrainedRun(NamedTuple):
@@ -35,4 +36,12 @@ def load_run(path: Path, device: torch.device) -> TrainedRun:
     tensors = {"model": model.state_dict()}
     checkpointer.load(committed, tensors)
     model.load_state_dict(tensors["model"])
-    return TrainedRun(model.to(device).eval(), config, Tokenizer(folder.tokenizer), committed.step)
+    return TrainedRun(model.to(device).eval(), config, load_tokenizer(folder), committed.step)
+
+
+def load_tokenizer(folder: RunFolder) -> Tokenizer:
+    """The sentencepiece model that the run was trained with, or else what an imported model came with."""
+    imported = folder.path / HUB_FILES
+    if not folder.tokenizer.is_file() and (imported / FAST).is_file():
+        return FastTokenizer(imported)
+    return Tokenizer(folder.tokenizer)

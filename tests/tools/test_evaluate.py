@@ -20,6 +20,7 @@ from pretrain.data.source import TokenArray
 from pretrain.trainer import Trainer
 from tests.tools.small_run import prepare_small, small_config, small_text, train_small
 from tools import evaluate
+from tools.harness.text import windows
 from tools.loading import load_run
 
 LENGTH = 32
@@ -45,7 +46,7 @@ def test_each_token_is_scored_once_with_enough_context(count: int, length: int, 
     stride = data.draw(st.integers(1, length))
     text = np.arange(count) + 1000  # a token says where it stands
     scored: list[int] = []
-    produced = list(evaluate.windows(TokenArray([text]), length, stride, eos=0))
+    produced = list(windows(TokenArray([text]), length, stride, eos=0))
     for inputs, targets in produced:
         assert inputs.shape == targets.shape == (length,)
         for place in np.flatnonzero(targets != IGNORE):
@@ -96,6 +97,7 @@ def test_a_text_is_scored_as_one_token_at_a_time(
     assert (found["targets"], found["bytes"]) == (len(tokens) - 1, size)
     assert found["loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)  # fp32 against fp64 softmax
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-4)
 
 
 def test_results_of_other_texts_stay(
@@ -118,6 +120,7 @@ def test_results_of_other_texts_stay(
         (["--split", "valdation"], "did you mean 'validation'"),
         (["--text", "none.txt"], "cannot read none.txt"),
         (["--text", "/dev/null"], "is empty"),
+        (["--length", str(LENGTH + 1)], "from 1 to the model's context, 32"),
     ],
 )
 def test_mistakes_are_named(

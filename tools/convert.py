@@ -1,0 +1,144 @@
+"""A model from one format into another.
+
+    python -m tools.convert runs/tiny tiny-hf --to hf --dtype bf16 --verify
+    python -m tools.convert SmolLM2-135M runs/smol --to native --data.path data/english --train.steps 1000
+
+SOURCE, recognized from what is there, is one of
+  a run's folder, for its newest checkpoint, or the folder of a checkpoint in it
+  a Hugging Face folder: LlamaForCausalLM, MistralForCausalLM without sliding window, GPT2LMHeadModel, or one made here
+  a folder with model.safetensors or model.pt and the run's config.yaml, as --to safetensors and --to torch make it
+  a GGUF file of the llama architecture, which is dequantized
+  a DeepSpeed checkpoint, a folder that deepspeed.save_checkpoint wrote, with the run's config.yaml in it
+
+DESTINATION is a folder, which must not exist yet. It is there whole at the end, or not at all. A run's folder and a
+DeepSpeed checkpoint hold fp32, as training does; the others what the source has, or --dtype.
+For --to native, any key of a run's configuration can follow; `python -m pretrain DESTINATION/config.yaml` reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.errors import ConfigError
+from pretrain.cli import build, merge, parse_overrides
+from pretrain.data.manifest import read_manifest
+from tools.command import run
+from tools.formats import deepspeed, huggingface, native, single, source
+from tools.formats.lazy import DTYPES, cast
+from tools.formats.optimizer import learned
+from tools.formats.tokenizer import FAST, SENTENCEPIECE
+from tools.formats.verification import compare
+from tools.formats.weights import Weights, rounded
+from tools.formats.writing import aside, parse_size, progress_bar, require_space
+
+TARGETS = ("hf", "native", "torch", "safetensors", "deepspeed")
+_FOR_TRAINING = ("native", "deepspeed")
+
+
+def main(given: list[str] | None = None) -> None:
+    arguments, rest = _parser().parse_known_args(given)
+    shard_size = parse_size(arguments.shard_size)
+    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
+    if arguments.to in _FOR_TRAINING and dtype not in (None, torch.float32):
+        raise ConfigError(f"--dtype: {arguments.to} holds fp32, as training does; leave it out")
+    if arguments.to != "native" and rest:
+        raise ConfigError(f"command line: {rest[0]} is not understood with --to {arguments.to}; --help lists what is")
+    if arguments.optimizer and arguments.to == "hf":
+        raise ConfigError("--optimizer: a Hugging Face folder holds no optimizer state; leave it out")
+    try:
+        convert(arguments, dtype, shard_size, rest)
+    except OSError as error:
+        place = error.filename or arguments.destination
+        raise ConfigError(f"{place}: {error.strerror}: mend that and start again; nothing was kept") from None
+
+
+def convert(arguments: argparse.Namespace, dtype: torch.dtype | None, shard_size: int, rest: list[str]) -> None:
+    """What the command line asks for; ``rest`` are keys of the run's configuration."""
+    destination: Path = arguments.destination
+    kind, weights = source.read(
+        arguments.source, allow_pickle=arguments.allow_pickle, with_optimizer=arguments.optimizer
+    )
+    if arguments.to == "native":
+        weights = configured(weights, destination, parse_overrides(rest))
+    tensors = _as_written(weights, arguments.to, dtype)
+    with aside(destination) as folder:
+        total = sum(tensor.bytes for tensor in [*tensors.values(), *learned(weights.optimizer).values()])
+        if arguments.to == "native":
+            total = native.size(weights)
+        require_space(folder, total)
+        with progress_bar(f"{kind} to {arguments.to}", total) as advance:
+            notes = list(weights.notes)
+            if arguments.to == "native":
+                notes += native.write(weights, folder, advance)
+            elif arguments.to == "hf":
+                notes += huggingface.write(weights, folder, dtype, shard_size, advance)
+            elif arguments.to == "deepspeed":
+                notes += deepspeed.write(weights, folder, advance)
+            else:
+                single.write(weights, folder, arguments.to == "torch", dtype, shard_size, advance)
+        if arguments.verify:
+            notes.append(compare(weights, tensors, folder))
+    print(f"{destination}: {sum(t.bytes // t.dtype.itemsize for t in tensors.values()):,} parameters, from {kind}")
+    for note in notes:
+        print(f"  {note}")
+
+
+def configured(weights: Weights, destination: Path, overrides: dict[str, Any]) -> Weights:
+    """As the run in ``destination``, with ``overrides`` of its configuration; ConfigError for one of the model's."""
+    if "model" in overrides:
+        raise ConfigError("command line: --model keys say what the weights are, which a conversion does not change")
+    named = {"name": destination.name, "runs_dir": str(destination.parent)}
+    config = build(merge(merge(dataclasses.asdict(weights.config), named), overrides), "command line")
+    data = weights.data
+    if "path" in overrides.get("data", {}):
+        manifest = read_manifest(Path(config.data.path))
+        tokenizer = weights.tokenizer.get(SENTENCEPIECE)
+        if tokenizer is None and FAST in weights.tokenizer:
+            raise ConfigError(
+                "--data.path: the model's tokenizer is no sentencepiece model, so it cannot be trained here"
+            )
+        if tokenizer is not None and sha256(tokenizer).hexdigest() != manifest.tokenizer_sha256:
+            raise ConfigError(
+                f"{config.data.path} was prepared with another tokenizer than the model's: write "
+                "tools.prepare --tokenizer FILE with that one"
+            )
+        data = {"prepared": manifest.fingerprint}
+    return dataclasses.replace(weights, config=config, data=data)
+
+
+def _as_written(weights: Weights, target: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The weights by our names in the dtypes in which ``target`` will hold them."""
+    if target in _FOR_TRAINING:
+        return {name: cast(tensor, torch.float32, name) for name, tensor in weights.model.items()}
+    if target == "hf" and dtype is not None and huggingface.stock_architecture(weights.config.model)[0]:
+        return {name: cast(tensor, dtype, name) for name, tensor in weights.model.items()}
+    return rounded(weights, dtype)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE")
+    add("destination", type=Path, metavar="DESTINATION")
+    add("--to", required=True, choices=TARGETS)
+    add("--dtype", choices=tuple(DTYPES), help="of the weights (default: as they are; native is fp32)")
+    add("--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: 5GB)")
+    add("--optimizer", action="store_true", help="take the optimizer state along")
+    add("--verify", action="store_true", help="reload both sides and compare their logits on real text")
+    add("--allow-pickle", action="store_true", help="read torch files too, with weights_only=True")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
