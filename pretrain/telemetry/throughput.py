@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -67,5 +68,17 @@ def memory_gb(device: torch.device) -> float:
     """The most memory so far, in 10^9 bytes: allocated on the GPU, or resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return peak_resident_bytes() / 1e9
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had resident, in bytes.
+
+    Linux keeps ``ru_maxrss`` across exec (getrusage(2)), so there it is at least what the process that started this one
+    had at that moment; ``VmHWM`` (proc_pid_status(5)) begins anew.
+    """
+    if sys.platform == "linux":
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, the BSDs KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

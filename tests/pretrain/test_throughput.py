@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from pretrain.config import DataConfig, RunConfig, TrainConfig
 from pretrain.counts import derive_counts
 from pretrain.distributed import World
 from pretrain.telemetry import Throughput, memory_gb, throughput
+from tests.runs import REPOSITORY
 
 PEAK = 1e9
 
@@ -106,13 +106,21 @@ def test_reading_before_the_start_is_a_bug(clock: Clock) -> None:
         meter(World(0, 1, torch.device("cpu"))).read(1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel's own count is in /proc")
-def test_memory_is_the_kernel_s_peak() -> None:
-    found = memory_gb(torch.device("cpu"))
-    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak is not None
-    # The kernel counts pages per processor and adds them up now and then.
-    assert found == pytest.approx(int(peak[1]) * 1024 / 1e9, rel=0.05)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps ru_maxrss across exec")
+def test_memory_is_this_process_s_own() -> None:
+    """A process of less than a gigabyte, started by one that holds it, has not had a gigabyte."""
+    held = bytearray(10**9)
+    held[::4096] = bytes(len(held[::4096]))  # resident, not only promised
+    program = (
+        "import resource; from pretrain.telemetry.throughput import peak_resident_bytes as peak;"
+        "print(peak(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024);"
+        "held = bytearray(300_000_000); held[::4096] = bytes(len(held[::4096])); print(peak())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    (first, kernel), (later,) = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    assert kernel > 10**9  # the trap is there
+    assert 1e7 < first < 10**9
+    assert 250_000_000 < later - first < 310_000_000  # importing torch had its own peak
 
 
 def test_memory_units_of_another_system(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,12 +32,13 @@ SIZES = {  # billions -> width, depth, heads, ffn width
     0.2: (1024, 12, 16, 2816),
 }
 _CONVERT = """
-import json, resource, sys, time
+import json, sys, time
+from pretrain.telemetry.throughput import peak_resident_bytes
 from tools import convert
 started = time.monotonic()
 convert.main(sys.argv[1:])
 seconds = time.monotonic() - started
-print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"seconds": seconds, "peak": peak_resident_bytes()}))
 """
 
 

@@ -20,6 +20,7 @@ from pretrain.counts import derive_counts
 from pretrain.distributed import World, joined
 from pretrain.engines import build_engine
 from pretrain.step import train_step
+from pretrain.telemetry.throughput import peak_resident_bytes
 
 SHORT = 8  # tokens of the first step's sequences: it makes the optimizer's state
 
@@ -48,7 +49,7 @@ def main(tree: str) -> None:
         gc.collect()
         before = resident()
         step_twice(config, world)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_resident_bytes()
         if world.is_main:
             print(f"measured: {peak - before}", flush=True)
 
