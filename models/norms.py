@@ -3,6 +3,8 @@
 To add one, write a class with ``__init__(self, features, *, eps, **settings)``, declare its parameters' roles, and
 decorate it with its name; every plan, override and tool can then use it. Whatever the dtype of the input, the
 arithmetic and the parameters are fp32, and the output has the dtype of the input.
+
+``gain: false`` leaves out a function's gain: for studies of what it does, and where it was folded into the next linear.
 """
 
 from __future__ import annotations
@@ -47,26 +49,36 @@ def _fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _gain(features: int, present: bool) -> nn.Parameter | None:
+    return nn.Parameter(torch.ones(features)) if present else None
+
+
+def _affine(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    y = y if gain is None else gain * y
+    return y if shift is None else y + shift
+
+
 class _RMSNormOnCPU(torch.autograd.Function):
     """F.rms_norm is a chain of operations on the CPU. Its gradient is that of LayerNorm, which is one fused kernel
     there, with the mean held at 0: what LayerNorm's loses with the mean's own gradient is added back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, scale)
-        return (x * scale).mul_(gain)
+        y = x * scale
+        return y if gain is None else y.mul_(gain)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, gain, scale = ctx.saved_tensors
-        wanted = [True, True, False]
+        wanted = [True, gain is not None, False]
         grad_x, grad_gain, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, gain.shape, torch.zeros_like(scale), scale, gain, None, wanted
+            grad, x, x.shape[-1:], torch.zeros_like(scale), scale, gain, None, wanted
         )
-        lost = (grad @ gain).unsqueeze(-1).mul_(scale).div_(x.shape[-1])
-        return grad_x.add_(lost), grad_gain, None
+        total = grad.sum(-1) if gain is None else grad @ gain
+        return grad_x.add_(total.unsqueeze(-1).mul_(scale).div_(x.shape[-1])), grad_gain, None
 
 
 @register("rmsnorm")
@@ -75,16 +87,16 @@ class RMSNorm(nn.Module):
 
     roles: ClassVar[dict[str, Role]] = {"weight": "gain"}
 
-    def __init__(self, features: int, *, eps: float) -> None:
+    def __init__(self, features: int, *, eps: float, gain: bool = True) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features))
+        self.weight = _gain(features, gain)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = _fp32(x)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _RMSNormOnCPU.apply(wide, self.weight, self.eps).to(x.dtype)
-        return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(wide, x.shape[-1:], self.weight, self.eps).to(x.dtype)
 
 
 @register("layernorm")
@@ -93,14 +105,14 @@ class LayerNorm(nn.Module):
 
     roles: ClassVar[dict[str, Role]] = {"weight": "gain", "bias": "shift"}
 
-    def __init__(self, features: int, *, eps: float, bias: bool = False) -> None:
+    def __init__(self, features: int, *, eps: float, bias: bool = False, gain: bool = True) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features))
+        self.weight = _gain(features, gain)
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(_fp32(x), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
+        return F.layer_norm(_fp32(x), x.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
 
 
 @register("l2norm")
@@ -125,15 +137,14 @@ class DyT(nn.Module):
 
     roles: ClassVar[dict[str, Role]] = {"weight": "gain", "bias": "shift", "alpha": "alpha"}
 
-    def __init__(self, features: int, *, eps: float, beta: bool = False) -> None:
+    def __init__(self, features: int, *, eps: float, beta: bool = False, gain: bool = True) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1))
-        self.weight = nn.Parameter(torch.ones(features))
+        self.weight = _gain(features, gain)
         self.bias = nn.Parameter(torch.zeros(features)) if beta else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight * torch.tanh(self.alpha * _fp32(x))
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return _affine(torch.tanh(self.alpha * _fp32(x)), self.weight, self.bias).to(x.dtype)
 
 
 @register("derf")
@@ -142,13 +153,12 @@ class Derf(nn.Module):
 
     roles: ClassVar[dict[str, Role]] = {"weight": "gain", "bias": "shift", "alpha": "alpha", "shift": "shift"}
 
-    def __init__(self, features: int, *, eps: float, beta: bool = True) -> None:
+    def __init__(self, features: int, *, eps: float, beta: bool = True, gain: bool = True) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1))
         self.shift = nn.Parameter(torch.zeros(1))
-        self.weight = nn.Parameter(torch.ones(features))
+        self.weight = _gain(features, gain)
         self.bias = nn.Parameter(torch.zeros(features)) if beta else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight * torch.erf(self.alpha * _fp32(x) + self.shift)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return _affine(torch.erf(self.alpha * _fp32(x) + self.shift), self.weight, self.bias).to(x.dtype)

@@ -37,25 +37,30 @@ CASES = {
     "dyt with beta": ("dyt", {"beta": True}),
     "derf": ("derf", {}),
     "derf without beta": ("derf", {"beta": False}),
+    "rmsnorm without gain": ("rmsnorm", {"gain": False}),
+    "layernorm without gain": ("layernorm", {"gain": False, "bias": True}),
+    "dyt without gain": ("dyt", {"gain": False}),
+    "derf without gain": ("derf", {"gain": False}),
 }
 
 Row = list[float]
+ONES = [1.0] * FEATURES
 FORMULAS: dict[str, Callable[[Row, dict[str, Row]], Row]] = {
     "rmsnorm": lambda x, p: [
-        g * v / math.sqrt(sum(u * u for u in x) / len(x) + EPS) for v, g in zip(x, p["weight"], strict=True)
+        g * v / math.sqrt(sum(u * u for u in x) / len(x) + EPS) for v, g in zip(x, p.get("weight", ONES), strict=True)
     ],
     "layernorm": lambda x, p: [
         g * (v - sum(x) / len(x)) / math.sqrt(sum((u - sum(x) / len(x)) ** 2 for u in x) / len(x) + EPS) + b
-        for v, g, b in zip(x, p["weight"], p.get("bias", [0.0] * len(x)), strict=True)
+        for v, g, b in zip(x, p.get("weight", ONES), p.get("bias", [0.0] * len(x)), strict=True)
     ],
     "l2norm": lambda x, p: [v / max(math.sqrt(sum(u * u for u in x)), EPS) for v in x],
     "dyt": lambda x, p: [
         g * math.tanh(p["alpha"][0] * v) + b
-        for v, g, b in zip(x, p["weight"], p.get("bias", [0.0] * len(x)), strict=True)
+        for v, g, b in zip(x, p.get("weight", ONES), p.get("bias", [0.0] * len(x)), strict=True)
     ],
     "derf": lambda x, p: [
         g * math.erf(p["alpha"][0] * v + p["shift"][0]) + b
-        for v, g, b in zip(x, p["weight"], p.get("bias", [0.0] * len(x)), strict=True)
+        for v, g, b in zip(x, p.get("weight", ONES), p.get("bias", [0.0] * len(x)), strict=True)
     ],
 }
 
