@@ -33,7 +33,11 @@ setup(
             "accelerate>=1.15",  # its hf model imports it
             "transformers>=5",
         ],
-        "report": ["matplotlib>=3.10"],  # pictures of loss curves
+        "report": [
+            "matplotlib>=3.10",  # pictures of loss curves
+            "scipy>=1.15",  # Student's t, for a study's intervals and tests
+            "markdown>=3.7",  # a study's report as HTML
+        ],
         "test": [
             "pytest>=9",
             "pytest-timeout>=2.4",
@@ -41,6 +45,8 @@ setup(
             "hypothesis>=6.140",
             "transformers>=5",
             "matplotlib>=3.10",
+            "scipy>=1.15",
+            "markdown>=3.7",
             "lm_eval>=0.4.13",
             "accelerate>=1.15",
             "gguf>=0.19",

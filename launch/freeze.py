@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from models.errors import ConfigError
-from pretrain.cli import build, dump, load, merge
+from pretrain.cli import dump, load
 
 ROOMS = ("models", "pretrain", "tools", "launch")
 _KINDS = {".py", ".sh", ".sbatch", ".env"}
@@ -41,16 +41,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _cells(path: Path) -> tuple[Path, list[str]]:
-    """A study's folder, and a configuration for each cell in the order of the grid."""
-    from tools.study import cells, read_study
+    """A study's folder, and a configuration for each cell that is tuned, in the order of the grid."""
+    from tools.studies.grid import read_study
 
     study = read_study(path)
-    folder = Path("runs") / study["name"]
-    configs = [
-        dump(build(merge(cell.tree, {"name": cell.name, "runs_dir": str(folder)}), f"cell {cell.name}"))
-        for cell in cells(study)
-    ]
-    return folder, configs
+    return study.folder, [dump(cell.config) for cell in study.tuning()]
 
 
 def freeze(run: Path, configs: list[str], dry: bool = False) -> Path:

@@ -22,7 +22,8 @@ from pretrain.cli import load
 from pretrain.run import revision
 from tests.ranks import fork_server
 from tests.runs import REPOSITORY, TINY, write_config
-from tools import study
+from tools.studies.grid import read_study
+from tools.studies.running import write_cell
 
 SUFFIXES = (".py", ".sh", ".sbatch", ".env")
 
@@ -203,18 +204,8 @@ def test_cells_are_those_of_the_study(
     folder, count = capsys.readouterr().out.splitlines()
     assert (count, Path(folder).parent) == ("8", Path("runs/grid/frozen"))
 
-    started: list[str] = []
-
-    def start(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
-        started.append(command[-1])
-        return subprocess.CompletedProcess(command, 3)
-
-    monkeypatch.setattr(study.subprocess, "run", start)
-    for cell in study.cells(study.read_study(Path("study.yaml"))):
-        study._run_cell(cell, Path("runs/grid"), 1)
-    assert len(started) == 8
     frozen = [load(Path(folder) / f"configs/{i}.yaml") for i in range(8)]
-    assert frozen == [load(Path(path)) for path in started]
+    assert frozen == [load(write_cell(cell)) for cell in read_study(Path("study.yaml")).tuning()]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--name", "x"], ["--study"], ["--study", "a.yaml", "--seed", "1"]])

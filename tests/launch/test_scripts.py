@@ -85,9 +85,9 @@ def test_submit_of_a_study_is_an_array(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []
     found = words(done.stdout)
-    from tools.study import cells, read_study
+    from tools.studies.grid import read_study
 
-    count = len(list(cells(read_study(REPOSITORY / "configs/studies/tiny.yaml"))))
+    count = len(read_study(REPOSITORY / "configs/studies/tiny.yaml").tuning())
     assert f"--array=0-{count - 1}" in found
     assert found.index(f"--array=0-{count - 1}") < found.index(found[-3]), "sbatch takes no options after the script"
     assert [word for word in found if word.startswith("--output=")][-1].endswith("/slurm-%A_%a.out")

@@ -1,264 +1,228 @@
-"""A study's grid, its verdict, and its resumption: finished cells stay as they are, and stale ones are not believed."""
+"""The command: a study runs and resumes; finished cells stay as they are, stale ones are not believed, and whatever is
+stopped can go on."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
-from math import inf
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 
-from models.errors import ConfigError
-from pretrain.counts import derive_counts
-from tests.runs import TINY
-from tools import study
+from pretrain.files import write_atomically
+from tests.runs import ONE_THREAD, REPOSITORY, committed_steps
+from tests.tools.studied import ran, study, tree, write
+from tools import study as command
 from tools.command import run
-from tools.study import Cell, Result, best, cells, read_study, table
-
-STUDIES = Path(__file__).parents[2] / "configs" / "studies"
-
-
-def small(**changes: Any) -> dict[str, Any]:
-    """Two arms, one with two tuned values, under two seeds: six cells."""
-    tree = {key: value for key, value in TINY.items() if key != "name"}
-    tree["train"] = {"steps": 3, "batch_tokens": 64}
-    tree["schedule"] = {"warmup_steps": 0}
-    return {
-        "name": "small",
-        "run": tree,
-        "factors": {
-            "plan": {"dnt": {"model": {"plan": "dnt"}}, "llama": {"model": {"plan": "llama"}}},
-            "rate": {
-                "tuned": {"tune": {"optimizer.lr": [0.01, 0.1]}},
-                "fixed": {"optimizer": {"lr": 0.2}},
-            },
-        },
-        "seeds": [0, 1],
-    } | changes
+from tools.studies.grid import StopEarly
+from tools.studies.hopeless import verdict
+from tools.studies.outcomes import look, read_hopeless
+from tools.studies.running import gpu_of, run_cells
 
 
-def write(folder: Path, tree: dict[str, Any]) -> Path:
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return path
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, in which runs/ comes to lie."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
 
 
-@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_study_that_ships_expands_to_runs(path: Path) -> None:
-    """``cells`` builds every configuration; that its batch divides shows here, before the first hour of a study."""
-    tree = read_study(path)
-    grid = list(cells(tree))
-    assert len({cell.name for cell in grid}) == len(grid) > 0
-    for cell in grid:
-        config = study.build(cell.tree, cell.name)
-        for world_size in (1, 2):
-            assert config.schedule.warmup_steps < derive_counts(config, world_size).steps
-    # The same care for every arm: equally many tuned values and seeds.
-    arms = {cell.arm for cell in grid}
-    assert len({sum(cell.arm == arm for cell in grid) for arm in arms}) == 1
-
-
-def test_there_are_studies() -> None:
-    assert (STUDIES / "tiny.yaml").exists()
-
-
-def test_the_grid_is_every_choice_with_every_value_and_seed() -> None:
-    grid = {cell.name: cell for cell in cells(small())}
-    assert list(grid) == [
-        f"{plan}-{rate}-seed{seed}"
-        for plan in ("dnt", "llama")
-        for rate in ("tuned-lr0.01", "tuned-lr0.1", "fixed")
-        for seed in (0, 1)
-    ]
-    one = grid["llama-tuned-lr0.01-seed1"]
-    assert (one.arm, one.tuned, one.seed) == (("llama", "tuned"), (("optimizer.lr", 0.01),), 1)
-    config = study.build(one.tree, "here")
-    assert (config.model.plan, config.optimizer.lr, config.seed) == ("llama", 0.01, 1)
-    assert config.model.width == TINY["model"]["width"], "what all share"
-    assert study.build(grid["dnt-fixed-seed0"].tree, "here").optimizer.lr == 0.2
-    assert [cell.seed for cell in cells(small(seeds=[7]))] == [7] * 6
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=4), st.lists(st.integers(0, 99), min_size=1, max_size=3))
-def test_no_two_cells_share_a_folder(rates: list[float], seeds: list[int]) -> None:
-    """Names carry six digits: values that differ in the seventh, like a value given twice, are refused."""
-    tree = small(factors={"rate": {"tuned": {"tune": {"optimizer.lr": rates}}}}, seeds=seeds)
-    if len({f"{rate:g}" for rate in rates}) == len(rates) and len(set(seeds)) == len(seeds):
-        assert len({cell.name for cell in cells(tree)}) == len(rates) * len(seeds)
-    else:
-        with pytest.raises(ConfigError, match="two cells are called tuned-lr"):
-            list(cells(tree))
-
-
-def result(arm: str, rate: float, seed: int, loss: float | None) -> Result:
-    cell = Cell((arm,), (("optimizer.lr", rate),), seed, {})
-    return Result(cell, loss, None if loss is None else loss / 2)
-
-
-RESULTS = [
-    # Seed 0 alone would choose 0.1, the mean chooses 0.2; 0.3 has the lowest loss and a seed that diverged.
-    *(result("a", 0.1, 0, 2.0), result("a", 0.1, 1, 4.0)),
-    *(result("a", 0.2, 0, 2.5), result("a", 0.2, 1, 2.7)),
-    *(result("a", 0.3, 0, 1.0), result("a", 0.3, 1, None)),
-    result("b", 0.1, 0, None),
-    *(result("c", 0.2, 0, 3.0), result("c", 0.1, 0, 3.5)),
-]
-
-
-def test_the_best_has_the_lowest_mean_over_the_seeds() -> None:
-    chosen = best(RESULTS)
-    assert chosen[("a",)] == ((("optimizer.lr", 0.2),), pytest.approx(2.6))
-    assert ("b",) not in chosen, "an arm that only diverged has no best"
-    assert chosen[("c",)] == ((("optimizer.lr", 0.2),), 3.0)
-    assert best([result("a", 0.1, 0, inf)]) == {}
-
-
-def test_the_table_marks_the_best_and_the_diverged() -> None:
-    lines = table({"factors": {"arm": {}}}, RESULTS).splitlines()
-    assert lines[0] == "| arm | tuned | seed | validation loss | bits per byte |  |"
-    assert {line.count("|") for line in lines} == {7}, "as many cells in every row"
-    assert lines[3] == "| a | optimizer.lr 0.1 | 1 | 4.0000 | 2.0000 |  |"
-    assert lines[5] == "| a | optimizer.lr 0.2 | 1 | 2.7000 | 1.3500 | best |"
-    assert lines[7] == "| a | optimizer.lr 0.3 | 1 | diverged |  |  |"
-    assert [line for line in lines if line.endswith("| best |")] == [lines[4], lines[5], lines[9]]
+def on(corpus: Path, steps: int, **changes: Any) -> dict[str, Any]:
+    """A study of real runs: one arm with two rates to try, one of which diverges."""
+    found = tree(factors={"rate": {"tuned": {"tune": {"optimizer.lr": [0.1, 1e30]}}}}, seeds=[1]) | changes
+    found["run"]["data"] = {"sequence_length": 32, "path": str(corpus)}
+    found["run"]["train"] |= {"clip": None, "steps": steps}
+    found["run"]["log"] = {"every": 1, "tensorboard": False}
+    return found
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     monkeypatch.setattr(sys, "argv", ["study", *map(str, arguments)])
-    run(study.main)
+    run(command.main)
 
 
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one line, which a progress bar may stand before, and exit code 2."""
+def fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2
+) -> str:
+    """The one line, which a progress bar may stand before, and the exit code."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as left:
         call(monkeypatch, *arguments)
     said = capsys.readouterr()
-    assert (left.value.code, said.out) == (2, "")
+    assert (left.value.code, said.out) == (code, "")
     lines = said.err.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert [line for line in lines if line.startswith(("error: ", "stopped: "))] == lines[-1:]
     assert "Traceback" not in said.err
     return lines[-1]
 
 
 def stamps(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.glob("*-seed0/**/*") if path.is_file()}
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*-seed*/**/*") if path.is_file()}
 
 
 def test_a_study_runs_and_resumes(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpus: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One arm learns, one diverges at its larger rate. A second call runs only what is missing."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    tree = small(seeds=[0], factors={"rate": {"tuned": {"tune": {"optimizer.lr": [0.1, 1e30]}}}})
-    tree["run"]["data"] = {"sequence_length": 32, "path": str(corpus)}
-    tree["run"]["train"] |= {"clip": None}
-    path = write(tmp_path, tree)
+    """A value learns and one diverges; the first is run again under the final seed. A second call runs nothing."""
+    path = write(here, content := on(corpus, 3))
     call(monkeypatch, path)
-    printed = capsys.readouterr().out
-    folder = tmp_path / "runs/small"
-    assert printed == (folder / "table.md").read_text()
-    learned, diverged = printed.splitlines()[2:]
-    assert learned.startswith("| tuned | optimizer.lr 0.1 | 0 | ")
-    assert learned.endswith(" best |")
-    assert diverged == "| tuned | optimizer.lr 1e+30 | 0 | diverged |  |  |"
-    (verdict,) = json.loads((folder / "best.json").read_text())
-    assert (verdict["arm"], verdict["tuned"]) == (["tuned"], {"optimizer.lr": 0.1})
-    assert f"{verdict['loss']:.4f}" in learned
-    assert read_study(folder / "study.yaml") == tree
+    printed = capsys.readouterr()
+    folder = here / "runs/small"
+    names = {"tuned-lr0.1-seed0", "tuned-lr1e+30-seed0", "tuned-lr0.1-seed1"}
+    assert {line.split(":")[0] for line in printed.err.splitlines() if "seed" in line} == names
+    assert {path.name for path in folder.glob("*-seed*")} == names
+    assert "warning: one seed" in printed.out
+    results = json.loads((folder / "results.json").read_text())
+    (arm,) = results["arms"]
+    assert arm["tuned"] == {"optimizer.lr": 0.1}
+    last = json.loads((folder / "tuned-lr0.1-seed1/metrics.jsonl").read_text().splitlines()[-1])
+    assert arm["seeds"] == {"1": last["val_loss"]}
+    assert f"| tuned | optimizer.lr 0.1 **(at the edge)** | {last['val_loss']:.4f} |" in printed.out
+    assert results["cells"]["tuned-lr1e+30-seed0"] == "diverged"
+    for name in ("report.html", "report.md"):
+        assert "at step 2 the loss is nan" in (folder / name).read_text(), name
 
     before = stamps(folder)
     assert len(before) > 5
-    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: pytest.fail("a finished cell is run again"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a cell that is over is run again"))
     call(monkeypatch, path)
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out == printed.out
     assert stamps(folder) == before
 
     # A study that was changed under its old name: what lies there answers another question.
-    tree["run"]["train"]["steps"] = 4
-    line = fails(monkeypatch, capsys, write(tmp_path, tree))
-    assert "tuned-lr0.1-seed0 was run with another configuration" in line
+    content["run"]["train"]["steps"] = 4
+    line = fails(monkeypatch, capsys, write(here, content))
+    assert "tuned-lr0.1-seed0 was run with another configuration (train.steps 3, not 4)" in line
     assert stamps(folder) == before
 
 
-def test_a_cell_that_fails_is_named_and_may_be_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_hopeless_cells_stop_and_could_go_on(corpus: Path, here: Path) -> None:
+    """Held against a run of the same arm and seed that is said to have been far better at every step."""
+    content = on(corpus, 6000, factors={"rate": {"tuned": {"tune": {"optimizer.lr": [0.1, 0.2]}}}})
+    content |= {"stop_early": {"after": 0.001, "worse_by": 0.5}}
+    found = study(here, **content)
+    good, bad = found.tuning()
+    ran(good, 1.0, curve=[1.0] * 6000)
+    (_, result) = run_cells([good, bad], found.stop_early, 2, lambda result, before: None)
+    assert (result.state, result.loss) == ("stopped early", None)
+    said = read_hopeless(bad)
+    assert (said["best"], said["best_loss"]) == ("tuned-lr0.1-seed0", 1.0)
+    assert said["loss"] > 1.5
+    (step,) = committed_steps(bad.folder)
+    assert said["step"] <= step < 6000
+    assert look(bad, found.stop_early).is_over
+    assert not (bad.folder / "stop").exists(), "or it would stop again when it goes on"
+    # Without the rule, or with one that is milder, it is only unfinished.
+    assert look(bad, None).state == "unfinished"
+    assert look(bad, StopEarly(after=0.5, worse_by=0.5)).state == "unfinished"
+
+
+def test_the_rule_for_stopping_by_hand() -> None:
+    rule = StopEarly(after=0.3, worse_by=0.5)
+    others = {"a": {10: 4.0, 30: 3.0, 40: 2.9}, "b": {10: 3.0, 30: 3.2}}
+    assert verdict({10: 9.0}, others, 100, rule) is None, "too early"
+    assert verdict({10: 9.0, 30: 3.5}, others, 100, rule) is None, "0.5 is not more than 0.5"
+    assert verdict({50: 9.0}, others, 100, rule) is None, "nobody has been there"
+    assert verdict({10: 9.0, 50: 9.0}, others, 100, rule) is None, "where others have been it was too early"
+    assert verdict({}, others, 100, rule) is None
+    assert verdict({30: 9.0}, {}, 100, rule) is None, "an arm's only value"
+    expected = {"step": 30, "loss": 3.51, "best": "a", "best_loss": 3.0, "rule": {"after": 0.3, "worse_by": 0.5}}
+    assert verdict({10: 3.0, 30: 3.51}, others, 100, rule) == expected
+    assert verdict({30: 3.51, 50: 3.0}, others, 100, rule) == expected, "it is ahead of those that are better"
+
+
+def test_a_study_that_is_asked_to_stop_goes_on_later(corpus: Path, here: Path) -> None:
+    path = write(here, on(corpus, 100_000))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.study", str(path), "--workers", "1"],
+        env=ONE_THREAD | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run_folder = here / "runs/small/tuned-lr0.1-seed0"
+    try:
+        end = time.monotonic() + 150
+        while not (run_folder / "metrics.jsonl").exists() or not (run_folder / "metrics.jsonl").read_text():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (75, "")
+    assert err.splitlines()[-1] == "stopped: asked to stop by SIGTERM; the same command goes on"
+    (step,) = committed_steps(run_folder)
+    assert 0 < step < 100_000
+    (cell, _) = study(here, **on(corpus, 100_000)).tuning()
+    assert not look(cell, None).is_over
+
+
+class Dead:
+    """In place of a run's process: it leaves a word, or none, and ends."""
+
+    word: str | None = None
+    returncode = 1
+
+    def __init__(self, *arguments: Any, env: dict[str, str], **options: Any) -> None:
+        if self.word is not None:
+            write_atomically(Path(env["EQUIPOISE_LAUNCH"]) / "outcome.json", self.word.encode())
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def terminate(self) -> None: ...
+
+    def wait(self) -> int:
+        return self.returncode
+
+
+ENDS = {
+    "crashed": (None, 2, r"cell llama-tuned-lr0.01-seed0 ended with exit code 1; see runs/small/.*/log.txt"),
+    "a mistake": ({"code": 2, "text": "no data there"}, 2, "cell llama-tuned-lr0.01-seed0: no data there"),
+    "no validation": ({"code": 0, "text": "finished"}, 2, "llama-tuned-lr0.01-seed0 has no validation loss"),
+    "stopped": ({"code": 75, "text": "stopped: step 3"}, 75, "cell llama-tuned-lr0.01-seed0 stopped: step 3; the same"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_cell_that_fails_ends_the_study(
+    name: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = write(tmp_path, small(seeds=[0]))
-
-    class Stopped:
-        returncode = 75
-
-    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: Stopped())
-    line = fails(monkeypatch, capsys, path, "--workers", "1")
-    assert "dnt-tuned-lr0.01-seed0 ended with exit code 75; see runs/small/dnt-tuned-lr0.01-seed0.log" in line
-    assert not list((tmp_path / "runs/small").glob("*.exit"))
+    word, code, expected = ENDS[name]
+    monkeypatch.setattr(Dead, "word", None if word is None else json.dumps(word))
+    monkeypatch.setattr(subprocess, "Popen", Dead)
+    line = fails(monkeypatch, capsys, write(here, tree()), "--workers", "1", code=code)
+    assert re.search(expected, line)
+    assert len(list(here.glob("runs/small/*/launches"))) == 1, "no other is started"
 
 
-def test_a_run_without_validation_has_no_place_in_a_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_workers_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert gpu_of(3) == {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [gpu_of(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5e")
+    assert [gpu_of(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "GPU-5e", "4"]
+
+
+def test_mistakes_are_one_line_and_leave_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    class Finished:
-        returncode = 0
-
-    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: Finished())
-    assert "has no validation loss" in fails(monkeypatch, capsys, write(tmp_path, small(seeds=[0])), "--workers", "1")
-
-
-LLAMA = {"model": {"plan": "llama"}}
-MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
-    ({"factor": {}}, ["'factor'", "did you mean 'factors'?"]),
-    ({"run": {"modle": {}}}, ["cell ", "'modle'", "model"]),
-    ({"run": 3}, ["run is 3", "dictionary"]),
-    ({"factors": {}}, ["factors is {}", "at least 1"]),
-    ({"factors": {"plan": {}}}, ["factors.plan is {}"]),
-    ({"factors": {"plan": ["llama"]}}, ["factors.plan is ['llama']", "dictionary"]),
-    ({"factors": {"plan": {"llama": None}}}, ["factors.plan.llama is None"]),
-    ({"factors": {"depth": {2: LLAMA}}}, ["factors.depth.2", "string"]),
-    ({"factors": {"plan": {"llama": {"model": {"plan": "lama"}}}}}, ["'lama'", "'llama'"]),
-    ({"factors": {"plan": {"llama": {"tune": {"optimizer.lrr": [0.1]}}}}}, ["'optimizer.lrr'", "'optimizer.lr'"]),
-    ({"factors": {"plan": {"llama": {"tune": {"optimizer.lr": 0.1}}}}}, ["tune.optimizer.lr is 0.1", "list"]),
-    ({"factors": {"plan": {"llama": {"tune": {"optimizer.lr": []}}}}}, ["tune.optimizer.lr is []"]),
-    ({"factors": {"plan": {"llama": {"tune": {"optimizer.name": ["adamw"]}}}}}, ["tune.optimizer.name.0", "'adamw'"]),
-    ({"seeds": []}, ["seeds is []"]),
-    ({"factors": {"batch": {"odd": {"train": {"batch_tokens": 33}}}}}, ["train.batch_tokens 33", "write 32"]),
-    ({"seeds": [0, 0]}, ["two cells are called"]),
-    ({"factors": {"a": {"x-y": LLAMA, "x": LLAMA}, "b": {"z": LLAMA, "y-z": LLAMA}}}, ["two cells are called x-y-z"]),
-]
-
-
-@pytest.mark.parametrize(("changes", "names"), MISTAKES, ids=lambda value: str(value)[:40])
-def test_mistakes_are_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any],
-    names: list[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    line = fails(monkeypatch, capsys, write(tmp_path, small(**changes)))
-    for name in names:
-        assert name in line
-    assert not (tmp_path / "runs").exists()
-
-
-def test_missing_parts_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for key in ("name", "run", "factors"):
-        tree = small()
-        del tree[key]
-        assert f"{key} is missing" in fails(monkeypatch, capsys, write(tmp_path, tree))
-    assert "no configuration file" in fails(monkeypatch, capsys, tmp_path / "nowhere.yaml")
-    assert "--workers is 0" in fails(monkeypatch, capsys, write(tmp_path, small()), "--workers", "0")
+    path = write(here, tree())
+    assert "--workers is 0" in fails(monkeypatch, capsys, path, "--workers", "0")
+    assert "no configuration file" in fails(monkeypatch, capsys, here / "nowhere.yaml")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else name)
+    assert "needs scipy: pip install scipy" in fails(monkeypatch, capsys, path)
+    assert os.listdir(here) == ["study.yaml"]

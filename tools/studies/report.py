@@ -1,0 +1,143 @@
+"""A study's report: Markdown with its figures beside it, the same as one HTML file that needs nothing else, and the
+figures of the result as JSON."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import json
+import re
+from typing import Any
+
+from models.errors import ConfigError
+from pretrain.files import write_atomically
+from tools.studies.grid import Arm, named, tuned_keys
+from tools.studies.sections import sections
+from tools.studies.statistics import Interval
+from tools.studies.verdict import Verdict
+
+_NEEDED = ("matplotlib", "scipy", "markdown")
+_FIGURES = "figures"
+_IMAGE = re.compile(r'<p><img alt="([^"]*)" src="figures/([^"]+)\.svg" ?/?></p>')
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff }}
+body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
+h1, h2 {{ line-height: 1.2 }}
+h2 {{ margin-top: 2.2rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+table {{ font-size: 14px; font-variant-numeric: tabular-nums }}
+th, td {{ text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap }}
+th {{ white-space: normal }}
+pre {{ background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: 13px }}
+figure {{ margin: 1rem 0 }}
+figure svg {{ max-width: 100%; height: auto }}
+figcaption {{ color: #555; font-size: 13px }}
+summary {{ cursor: pointer }}
+#cautions + ul {{ border-left: 4px solid #d55e00; background: #fdf3ec; margin: 0; padding: .6rem .6rem .6rem 2rem }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def check_packages() -> None:
+    """Before the first run, not after the last."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"a study's report needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def write_report(verdict: Verdict) -> str:
+    """Write report.md, report.html, figures/ and results.json into the study's folder; the summary for a terminal."""
+    folder = verdict.study.folder
+    figures = draw(verdict)
+    text = sections(verdict, {name: f"{_FIGURES}/{name}.svg" for name in figures})
+    try:
+        (folder / _FIGURES).mkdir(parents=True, exist_ok=True)
+        for name, svg in figures.items():
+            write_atomically(folder / _FIGURES / f"{name}.svg", svg.encode())
+        write_atomically(folder / "report.md", text.encode())
+        write_atomically(folder / "report.html", page(verdict.study.name, text, figures).encode())
+        write_atomically(folder / "results.json", json.dumps(results(verdict), indent=2).encode() + b"\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write the report to {folder}: {error.strerror}") from None
+    return text
+
+
+def draw(verdict: Verdict) -> dict[str, str]:
+    """SVG by the figure's name; those that the results so far allow."""
+    from tools.studies import figures
+
+    drawn: dict[str, str] = {}
+    if any(result.loss is not None for result in verdict.final):
+        drawn["final-losses"] = figures.final_losses(verdict)
+        drawn["loss-curves"] = figures.loss_curves(verdict)
+    if any(one.test is not None for one in verdict.comparisons):
+        drawn["differences"] = figures.differences(verdict)
+    for key in tuned_keys(verdict.study):
+        drawn[f"sensitivity-{key}"] = figures.sensitivity(verdict, key)
+    return drawn
+
+
+def page(title: str, markdown_text: str, figures: dict[str, str]) -> str:
+    """The Markdown as HTML, with its figures in it: one file, nothing to load."""
+    import markdown
+
+    body = markdown.markdown(markdown_text, extensions=["tables", "fenced_code", "md_in_html", "toc"])
+
+    def inline(found: re.Match[str]) -> str:
+        caption, name = found.groups()
+        return f'<figure role="img" aria-label="{caption}">{figures[name]}<figcaption>{caption}</figcaption></figure>'
+
+    return _PAGE.format(title=html.escape(title), body=_IMAGE.sub(inline, body))
+
+
+def results(verdict: Verdict) -> dict[str, Any]:
+    """What other programs may want of it."""
+    study = verdict.study
+
+    def arm(name: Arm) -> dict[str, Any]:
+        rate, memory = verdict.speed(name)
+        return {
+            "arm": dict(zip(study.factors, name, strict=True)),
+            "tuned": dict(verdict.chosen[name]) if name in verdict.chosen else None,
+            "values_tried": len(study.candidates[name]),
+            "at_edge": verdict.edges.get(name, []),
+            "seeds": {str(result.cell.seed): result.loss for result in verdict.finals(name)},
+            "loss": _numbers(verdict.loss(name)),
+            "bits_per_byte": verdict.bits_per_byte(name),
+            "tokens_per_second": rate,
+            "memory_gb": memory,
+        }
+
+    return {
+        "study": study.name,
+        "cautions": verdict.cautions,
+        "arms": [arm(name) for name in study.candidates],
+        "comparisons": [
+            {
+                "arm": named(one.arm),
+                "reference": named(one.reference),
+                "difference": None if one.test is None else _numbers(one.test.difference),
+                "p": None if one.test is None else one.test.p,
+                "p_holm": one.adjusted,
+                "reason": one.reason or None,
+            }
+            for one in verdict.comparisons
+        ],
+        "cells": {result.cell.config.name: result.state for result in verdict.cells},
+    }
+
+
+def _numbers(found: Interval | None) -> dict[str, Any] | None:
+    return None if found is None else found._asdict()
