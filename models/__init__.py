@@ -6,15 +6,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.errors import ConfigError
+    from models.failures import known_failures
     from models.plan import PLANS, SITES
     from models.roles import ROLES, Role, parameter_roles
     from models.transformer import Transformer
 
-__all__ = ["PLANS", "ROLES", "SITES", "ConfigError", "ModelConfig", "Role", "Transformer", "parameter_roles"]
+__all__ = [
+    "PLANS",
+    "ROLES",
+    "SITES",
+    "ConfigError",
+    "ModelConfig",
+    "Role",
+    "Transformer",
+    "known_failures",
+    "parameter_roles",
+]
 
 _HOMES = {
     "config": ["ModelConfig"],
     "errors": ["ConfigError"],
+    "failures": ["known_failures"],
     "plan": ["PLANS", "SITES"],
     "roles": ["ROLES", "Role", "parameter_roles"],
     "transformer": ["Transformer"],

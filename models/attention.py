@@ -1,7 +1,8 @@
-"""Causal self-attention with grouped queries, rotary positions, and norm sites on query, key and output."""
+"""Causal self-attention with grouped queries, rotary positions, and norm sites on query, key, value and output."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.plan import NormPlan
+from models.weights import build_linear
 
 
 def rotary_table(length: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -87,19 +89,21 @@ class KeyValues:
 
 
 class Attention(nn.Module):
-    """``Wo . attn_mid(attention(query(Wq a), key(Wk a), Wv a))`` for a [batch, length, width]."""
+    """``Wo . attn_mid(attention(query(Wq a), key(Wk a), value(Wv a)))`` for a [batch, length, width]."""
 
     def __init__(self, config: ModelConfig, plan: NormPlan) -> None:
         super().__init__()
         self.head_width = config.head_width
         self.per_head = plan.qk_scope == "head"
         kv_width = config.key_value_heads * config.head_width
-        self.q = nn.Linear(config.width, config.width, bias=config.bias)
-        self.k = nn.Linear(config.width, kv_width, bias=config.bias)
-        self.v = nn.Linear(config.width, kv_width, bias=config.bias)
-        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        linear = partial(build_linear, plan.weights, bias=config.bias)
+        self.q = linear(config.width, config.width)
+        self.k = linear(config.width, kv_width)
+        self.v = linear(config.width, kv_width)
+        self.out = linear(config.width, config.width)
         self.query = plan.build("query", self.head_width if self.per_head else config.width, config)
         self.key = plan.build("key", self.head_width if self.per_head else kv_width, config)
+        self.value = plan.build("value", self.head_width if self.per_head else kv_width, config)
         self.attn_mid = plan.build("attn_mid", config.width, config)
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -114,7 +118,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, seen: KeyValues | None = None
     ) -> Tensor:
-        q, k, v = self._heads(self.q(x), self.query), self._heads(self.k(x), self.key), self._heads(self.v(x), None)
+        q, k = self._heads(self.q(x), self.query), self._heads(self.k(x), self.key)
+        v = self._heads(self.v(x), self.value)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if seen is not None:

@@ -18,7 +18,7 @@ def setting(default: Any, help: str, *, unit: str = "") -> Any:
 
 @dataclass(frozen=True)
 class AlphaConfig:
-    """How the alphas of DyT and Derf start (initialization.py has the rules)."""
+    """How the alphas of DyT and its like start (alpha.py has the rules)."""
 
     rule: Literal["constant", "role", "width", "measured"] = setting(
         "width",
@@ -33,16 +33,41 @@ class AlphaConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """How weights start, by role."""
+    """How weights start, by role (initialization.py has the rules)."""
 
-    distribution: Literal["normal", "trunc_normal"] = setting(
-        "normal", "shape of the distribution; trunc_normal cuts at two standard deviations"
+    rule: Literal["plan", "standard", "torch", "fixup", "t-fixup", "deepnorm", "magneto"] = setting(
+        "plan",
+        "what gives each weight its std; standard: std and depth_scaled_output below; torch: as PyTorch's linears "
+        "start; the others as their papers have it; plan: as the norm plan has it, mostly standard",
     )
-    std: float | Literal["fan_in"] = setting(0.02, "of the matrices; fan_in is 1/sqrt(input width)")
-    embedding_std: float | None = setting(None, "of the embeddings; null is 0.02")
-    head_std: float | None = setting(None, "of an untied head; null is as the matrices")
+    distribution: Literal["normal", "trunc_normal", "uniform"] = setting(
+        "normal", "shape of the distribution; trunc_normal cuts at two standard deviations, uniform has the same std"
+    )
+    std: float | Literal["fan_in"] = setting(0.02, "of the matrices, for rule standard; fan_in is 1/sqrt(input width)")
+    embedding_std: float | None = setting(None, "of the embeddings; null is 0.02, or as the rule has it")
+    head_std: float | None = setting(None, "of an untied head; null is as the matrices, or as the rule has it")
     depth_scaled_output: bool = setting(
-        True, "divide the std of the branches' output projections by sqrt(2*depth), as GPT-2 does"
+        True,
+        "divide the std of the branches' output projections by sqrt(2*depth), as GPT-2 does; for rule standard",
+    )
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """How a branch joins the residual stream (residual.py has the schemes)."""
+
+    scheme: Literal["plan", "plain", "rezero", "skipinit", "fixup", "layerscale", "scaled", "nf", "deepnorm"] = setting(
+        "plan", "plain: x + f(x); the others multiply branch or stream; plan: as the norm plan has it"
+    )
+    initial: float | None = setting(
+        None,
+        "first value of the learned scales of rezero, skipinit and nf (null: 0), fixup (null: 1) and layerscale (null: "
+        "0.1, or less from depth 19 on)",
+    )
+    constant: float | None = setting(
+        None,
+        "what multiplies the branch in nf (null: 0.2) and scaled (null: 1/sqrt(2*depth)), or the stream in deepnorm "
+        "(null: (2*depth)**(1/4))",
     )
 
 
@@ -56,6 +81,19 @@ class ModelConfig:
     plan: str = setting("dnt", "which norm stands at which site: a named plan (models/plan.py)")
     sites: dict[str, Any] = setting(
         dict, "changes to the plan, site: function, {function: ..., settings} or none; e.g. {mlp_mid: rmsnorm}"
+    )
+    first_blocks: int | float | None = setting(
+        None,
+        "how many of the first blocks have sites of their own: a number, or a share of the depth below 1; null: as the "
+        "plan has it, 0.25 for mix-ln, 1 for hybridnorm-star, 0 for the others",
+        unit="blocks",
+    )
+    first_sites: dict[str, Any] = setting(dict, "changes to the sites of the first blocks alone, written as sites are")
+    residual: ResidualConfig = setting(ResidualConfig, "how a branch joins the residual stream")
+    weights: Literal["plan", "plain", "standardized", "sigma"] = setting(
+        "plan",
+        "what the blocks' linears make of their weights; standardized: scaled weight standardization; sigma: spectral "
+        "norm times a learned gain; plan: as the norm plan has it, mostly plain",
     )
     trunk: Literal["llama", "gpt"] = setting(
         "llama", "llama: RoPE, SwiGLU, untied head; gpt: learned positions, GELU, tied head"
@@ -72,15 +110,15 @@ class ModelConfig:
     bias: bool = setting(False, "biases in linears and LayerNorms")
     tied: bool | None = setting(None, "head shares the embedding's weight; null: yes for gpt, no for llama")
     embedding_scale: Literal["plan", "none", "learned"] = setting(
-        "plan", "a learnable scalar, initially sqrt(width), after the embedding; plan: dyt and derf have it"
+        "plan", "a learnable scalar, initially sqrt(width), after the embedding; plan: dyt and the like have it"
     )
     qk_scope: Literal["plan", "head", "projection"] = setting(
-        "plan", "features that the query and key norms see: one head, or the whole projection as in OLMo 2"
+        "plan", "features that the query, key and value norms see: one head, or the whole projection as in OLMo 2"
     )
     dropout: float = setting(0.0, "probability, after the embedding and each branch")
     norm_eps: float = setting(1e-5, "epsilon of the norms")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
-    alpha: AlphaConfig = setting(AlphaConfig, "initial alpha of DyT and Derf")
+    alpha: AlphaConfig = setting(AlphaConfig, "initial alpha of DyT and its like")
     init: InitConfig = setting(InitConfig, "initial weights")
 
     def __post_init__(self) -> None:
@@ -106,6 +144,11 @@ class ModelConfig:
         ):
             if not value > 0:
                 raise ConfigError(f"model.{name} is {value}: write a positive number")
+        first = self.first_blocks
+        if first is not None and (first < 0 or (isinstance(first, float) and first >= 1)):
+            raise ConfigError(
+                f"model.first_blocks is {first}: write a whole number of blocks, or a share of the depth below 1"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout is {self.dropout}: write a probability below 1")
 

@@ -14,55 +14,74 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from models.config import AlphaConfig, ModelConfig
+from models.alpha import initial_alpha
+from models.config import ModelConfig
 from models.errors import ConfigError
-from models.plan import ATTENTION_SITES
+from models.plan import resolve_plan
+from models.residual import initial_scale
 from models.roles import Role, parameter_roles
 
 _PORTION = 2**22  # elements, 16 MiB
 
 OUTPUT_PROJECTIONS = ("attention.out", "feedforward.down")
-
-# arXiv 2503.10622v2, table 11: width -> alpha at (attention sites, other sites); depth made no difference.
-PAPER_ALPHA = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 8192: (0.2, 0.05)}
+SCALED_PROJECTIONS = ("attention.v", "feedforward.up", *OUTPUT_PROJECTIONS)
 
 
-def alpha_by_width(width: int) -> tuple[float, float]:
-    """The paper's table, log-log interpolated between its rows and constant beyond its ends (the table says nothing
-    there; below width 1024 the rule is known to fail, see docs/results.md). Returns (attention, other)."""
-    widths = sorted(PAPER_ALPHA)
-    width = min(max(width, widths[0]), widths[-1])
-    low = max(w for w in widths if w <= width)
-    high = min(w for w in widths if w >= width)
-    if low == high:
-        return PAPER_ALPHA[low]
-    t = math.log(width / low) / math.log(high / low)
-    attention, other = (a ** (1 - t) * b**t for a, b in zip(PAPER_ALPHA[low], PAPER_ALPHA[high], strict=True))
-    return attention, other
+def weight_std(name: str, role: Role, shape: tuple[int, ...], config: ModelConfig) -> float:
+    """Of a matrix, an embedding or a head; 0 for one that starts at zero.
 
+    ``torch`` is what nn.Linear does, 1/sqrt(3 * inputs). The rules of papers multiply Xavier's std, sqrt(2 / (rows +
+    columns)), in a model of depth L::
 
-def initial_alpha(site: str, width: int, config: AlphaConfig) -> float:
-    """alpha at ``site`` before the first step. For rule measured, the value before the measurement: 1."""
-    attention = site in ATTENTION_SITES
-    if config.rule == "constant":
-        return config.constant
-    if config.rule == "role":
-        return config.attention if attention else config.other
-    if config.rule == "width":
-        return alpha_by_width(width)[0 if attention else 1]
-    return 1.0
+        fixup      query, key, value (2L)^(-1/6), as one matrix; up (2L)^(-1/2); outputs of branches and head 0
+        t-fixup    value, up and outputs of branches 0.67 L^(-1/4); query and key 1/sqrt(2), fairseq's own gain
+        deepnorm   value, up and outputs of branches (8L)^(-1/4)
+        magneto    value, up and outputs of branches sqrt(log(2L))
 
-
-def _std(name: str, role: Role, shape: torch.Size, config: ModelConfig) -> float:
-    init = config.init
+    (arXiv 1901.09321 and its code for fairseq; Huang et al., ICML 2020, and its code; 2203.00555; 2210.06423.)
+    For a decoder alone Fixup's 2L branches and T-Fixup's factor, there an encoder's, are inferred. The papers'
+    feed-forward has no gate: here a gate starts at Xavier's std alone, as in torchscale's code. All but magneto want
+    embeddings of 1/sqrt(width), in T-Fixup times (9L)^(-1/4), behind a multiplication by sqrt(width), which their plans
+    have as the embedding scale. Fixup, T-Fixup and torch draw from a uniform distribution, ``model.init.distribution
+    uniform``. A tied head starts as the embedding; for Fixup that is a deviation.
+    """
+    init, rule = config.init, resolve_plan(config).init
+    layer = ".".join(name.split(".")[-3:-1])  # attention.q, feedforward.down
     if role == "embedding":
-        return 0.02 if init.embedding_std is None else init.embedding_std
-    if role == "head" and init.head_std is not None:
-        return init.head_std
-    std = shape[1] ** -0.5 if init.std == "fan_in" else float(init.std)
-    if init.depth_scaled_output and name.rsplit(".", 1)[0].endswith(OUTPUT_PROJECTIONS):
-        std /= math.sqrt(2 * config.depth)
-    return std
+        if init.embedding_std is not None:
+            return init.embedding_std
+        if rule in ("standard", "magneto"):
+            return 0.02
+        return config.width**-0.5 * ((9 * config.depth) ** -0.25 if rule == "t-fixup" else 1.0)
+    if role == "head":
+        if init.head_std is not None:
+            return init.head_std
+        if rule in ("fixup", "t-fixup", "deepnorm"):
+            return 0.0 if rule == "fixup" else config.width**-0.5
+    if rule == "torch":
+        return (3 * shape[1]) ** -0.5
+    if rule == "standard" or role == "head":
+        std = shape[1] ** -0.5 if init.std == "fan_in" else float(init.std)
+        return std / math.sqrt(2 * config.depth) if init.depth_scaled_output and layer in OUTPUT_PROJECTIONS else std
+    return _xavier_factor(rule, layer, config.depth) * math.sqrt(2 / (_rows(rule, layer, shape, config) + shape[1]))
+
+
+def _xavier_factor(rule: str, layer: str, depth: int) -> float:
+    if rule == "fixup":
+        if layer in OUTPUT_PROJECTIONS:
+            return 0.0
+        return {"feedforward.up": (2 * depth) ** -0.5, "feedforward.gate": 1.0}.get(layer, (2 * depth) ** (-1 / 6))
+    if layer in SCALED_PROJECTIONS:
+        factors = {"t-fixup": 0.67 * depth**-0.25, "deepnorm": (8 * depth) ** -0.25}
+        return factors.get(rule, math.sqrt(math.log(2 * depth)))
+    return 2**-0.5 if rule == "t-fixup" and layer in ("attention.q", "attention.k") else 1.0
+
+
+def _rows(rule: str, layer: str, shape: tuple[int, ...], config: ModelConfig) -> int:
+    """Fixup's code has query, key and value in one matrix."""
+    if rule == "fixup" and layer.startswith("attention"):
+        return (config.heads + 2 * config.key_value_heads) * config.head_width
+    return shape[0]
 
 
 def first_rows(name: str, role: Role, shape: torch.Size, rows: range, config: ModelConfig, seed: int) -> Tensor:
@@ -73,19 +92,23 @@ def first_rows(name: str, role: Role, shape: torch.Size, rows: range, config: Mo
     """
     part = torch.empty(len(rows), *shape[1:])
     if role in ("matrix", "embedding", "head"):
-        _draw(part, name, shape, rows, _std(name, role, shape, config), config.init.distribution, seed)
+        _draw(part, name, shape, rows, weight_std(name, role, shape, config), config.init.distribution, seed)
     elif role == "gain":
         part.fill_(1.0)
     elif role == "alpha":
         part.fill_(initial_alpha(name.split(".")[-2], config.width, config.alpha))
     elif role == "scale":
-        part.fill_(math.sqrt(config.width))
+        of_stream = name.split(".")[-2:-1] == ["residual"]
+        part.fill_(initial_scale(resolve_plan(config).residual, config) if of_stream else math.sqrt(config.width))
     else:  # bias, shift
         part.zero_()
     return part
 
 
 def _draw(part: Tensor, name: str, shape: torch.Size, rows: range, std: float, distribution: str, seed: int) -> None:
+    if std == 0:
+        part.zero_()
+        return
     portion = max(1, _PORTION // math.prod(shape[1:]))
     for begin in range(rows.start // portion * portion, rows.stop, portion):
         # seed and name in 32 bits together: torch's CPU generator ignores all above them
@@ -94,6 +117,8 @@ def _draw(part: Tensor, name: str, shape: torch.Size, rows: range, std: float, d
         drawn = torch.empty(min(portion, shape[0] - begin), *shape[1:])
         if distribution == "trunc_normal":
             nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
+        elif distribution == "uniform":
+            drawn.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
         else:
             drawn.normal_(std=std, generator=generator)
         first, last = max(rows.start, begin), min(rows.stop, begin + len(drawn))

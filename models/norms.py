@@ -1,4 +1,4 @@
-"""The functions that can stand at a norm site, one short class each, and the registry that names them.
+"""The norms that can stand at a site, one short class each, and the registry that names these and elementwise.py's.
 
 To add one, write a class with ``__init__(self, features, *, eps, **settings)``, declare its parameters' roles, and
 decorate it with its name; every plan, override and tool can then use it. Whatever the dtype of the input, the
@@ -45,15 +45,17 @@ def build_norm(name: str, features: int, settings: Mapping[str, Any], site: str)
     return NORMS[name](features, **settings)
 
 
-def _fp32(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """``x`` in fp32 if it is narrower."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _gain(features: int, present: bool) -> nn.Parameter | None:
+def gain_parameter(features: int, present: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.ones(features)) if present else None
 
 
-def _affine(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+def affine(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``gain * y + shift``, of each what there is."""
     y = y if gain is None else gain * y
     return y if shift is None else y + shift
 
@@ -90,13 +92,12 @@ class RMSNorm(nn.Module):
     def __init__(self, features: int, *, eps: float, gain: bool = True) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = _gain(features, gain)
+        self.weight = gain_parameter(features, gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = _fp32(x)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _RMSNormOnCPU.apply(wide, self.weight, self.eps).to(x.dtype)
-        return F.rms_norm(wide, x.shape[-1:], self.weight, self.eps).to(x.dtype)
+            return _RMSNormOnCPU.apply(wide(x), self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(wide(x), x.shape[-1:], self.weight, self.eps).to(x.dtype)
 
 
 @register("layernorm")
@@ -108,11 +109,11 @@ class LayerNorm(nn.Module):
     def __init__(self, features: int, *, eps: float, bias: bool = False, gain: bool = True) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = _gain(features, gain)
+        self.weight = gain_parameter(features, gain)
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(_fp32(x), x.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
+        return F.layer_norm(wide(x), x.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
 
 
 @register("l2norm")
@@ -124,41 +125,4 @@ class L2Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(_fp32(x), dim=-1, eps=self.eps).to(x.dtype)
-
-
-@register("dyt")
-class DyT(nn.Module):
-    """``gain * tanh(alpha * x) (+ beta)`` (arXiv 2503.10622). The paper's LLaMA has no beta.
-
-    alpha is one learnable scalar of shape (1,): FSDP2 rejects 0-d parameters. In fp32 autograd's ``1 - tanh^2``
-    comes from an unrounded tanh; from a bf16 one it would be exactly 0 wherever ``|alpha * x| > 3.47``.
-    """
-
-    roles: ClassVar[dict[str, Role]] = {"weight": "gain", "bias": "shift", "alpha": "alpha"}
-
-    def __init__(self, features: int, *, eps: float, beta: bool = False, gain: bool = True) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1))
-        self.weight = _gain(features, gain)
-        self.bias = nn.Parameter(torch.zeros(features)) if beta else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _affine(torch.tanh(self.alpha * _fp32(x)), self.weight, self.bias).to(x.dtype)
-
-
-@register("derf")
-class Derf(nn.Module):
-    """``gain * erf(alpha * x + shift) (+ beta)`` with a scalar shift, initially 0 (arXiv 2512.10938)."""
-
-    roles: ClassVar[dict[str, Role]] = {"weight": "gain", "bias": "shift", "alpha": "alpha", "shift": "shift"}
-
-    def __init__(self, features: int, *, eps: float, beta: bool = True, gain: bool = True) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1))
-        self.shift = nn.Parameter(torch.zeros(1))
-        self.weight = _gain(features, gain)
-        self.bias = nn.Parameter(torch.zeros(features)) if beta else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _affine(torch.erf(self.alpha * _fp32(x) + self.shift), self.weight, self.bias).to(x.dtype)
+        return F.normalize(wide(x), dim=-1, eps=self.eps).to(x.dtype)

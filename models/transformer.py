@@ -13,6 +13,7 @@ from models.config import ModelConfig
 from models.feedforward import FeedForward
 from models.loss import cross_entropy_sum
 from models.plan import NormPlan, resolve_plan
+from models.residual import build_residual
 from models.roles import Role
 
 
@@ -21,28 +22,40 @@ def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """``x + attn_out(attention(attn_in(x)))``, then ``x + mlp_out(feedforward(mlp_in(x)))``."""
+    """``x = attn_post(x + attn_out(attention(attn_in(x))))``, then ``mlp_post(x + mlp_out(feedforward(mlp_in(x))))``,
+    where residual.py may have other sums."""
 
-    def __init__(self, config: ModelConfig, plan: NormPlan) -> None:
+    def __init__(self, config: ModelConfig, plan: NormPlan, index: int) -> None:
         super().__init__()
         self.attn_in = plan.build("attn_in", config.width, config)
         self.attention = Attention(config, plan)
         self.attn_out = plan.build("attn_out", config.width, config)
+        self.attn_post = plan.build("attn_post", config.width, config)
         self.mlp_in = plan.build("mlp_in", config.width, config)
         self.feedforward = FeedForward(config, plan)
         self.mlp_out = plan.build("mlp_out", config.width, config)
+        self.mlp_post = plan.build("mlp_post", config.width, config)
+        self.residual = build_residual(plan.residual, config, index)
         self.dropout = config.dropout
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
+    def _enter(self, x: Tensor, branch: int) -> Tensor:
+        return x if self.residual is None else self.residual.enter(x, branch)
+
+    def _join(self, x: Tensor, y: Tensor, branch: int) -> Tensor:
+        return x + y if self.residual is None else self.residual(x, y, branch)
+
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, seen: KeyValues | None = None
     ) -> Tensor:
-        a = self.attention(_through(self.attn_in, x), rotary, mask, seen)
-        x = x + self._drop(_through(self.attn_out, a))
-        m = self.feedforward(_through(self.mlp_in, x))
-        return x + self._drop(_through(self.mlp_out, m))
+        a = self.attention(_through(self.attn_in, self._enter(x, 0)), rotary, mask, seen)
+        x = self._join(x, self._drop(_through(self.attn_out, a)), 0)
+        x = _through(self.attn_post, x)
+        m = self.feedforward(_through(self.mlp_in, self._enter(x, 1)))
+        x = self._join(x, self._drop(_through(self.mlp_out, m)), 1)
+        return _through(self.mlp_post, x)
 
 
 class Cache:
@@ -91,7 +104,8 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(config.context, config.width) if config.trunk == "gpt" else None
         self.embedding_scale = nn.Parameter(torch.ones(1)) if plan.embedding_scale else None
         self.embed = plan.build("embed", config.width, config)
-        self.blocks = nn.ModuleList(Block(config, plan) for _ in range(config.depth))
+        depth = config.depth
+        self.blocks = nn.ModuleList(Block(config, plan.of_block(index, depth), index) for index in range(depth))
         self.final = plan.build("final", config.width, config)
         # A tied head has no parameter of its own, so no tool can see the shared weight twice.
         self.head = None if config.is_tied else nn.Linear(config.width, config.vocabulary, bias=False)

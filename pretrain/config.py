@@ -39,6 +39,19 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class RollbackConfig:
+    """Spikes are looked for in what is logged (pretrain/rollback.py)."""
+
+    times: int = setting(0, "how often at most a run goes back to its last good checkpoint; 0: never")
+    sigma: float = setting(
+        6.0, "a loss is a spike that is above the mean of the 32 logged before by more than so many deviations"
+    )
+    after: int = setting(
+        3, "the run goes back after so many logged intervals in a row with a spike, or with a step left out"
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     steps: int | None = setting(None, "length of the run; or give tokens", unit="steps")
     tokens: int | None = setting(None, "length of the run; rounded up to whole steps", unit="tokens")
@@ -47,6 +60,13 @@ class TrainConfig:
         None, "sequences a rank passes forward at once; null: its whole share", unit="sequences"
     )
     clip: float | None = setting(1.0, "largest global gradient norm; null: none")
+    skip_norm_sigma: float | None = setting(
+        None,
+        "a step is left out whose gradient norm is not finite, or above the mean of those before it by more than so "
+        "many of their standard deviations; null: no step is",
+    )
+    skip_window: int = setting(128, "how many norms before it; until there are so many, only the first", unit="steps")
+    rollback: RollbackConfig = setting(RollbackConfig, "back before a loss spike that lasts, and past its data")
     z_loss: float = setting(0.0, "coefficient of the mean squared log-partition function (PaLM: 1e-4)")
     loss_chunk: int = setting(2048, "tokens whose logits exist at once", unit="tokens")
     compile: bool = setting(False, "torch.compile every block")
@@ -61,20 +81,59 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LionConfig:
+    beta1: float = setting(0.9, "share of the moment in the update")
+    beta2: float = setting(0.99, "decay of the moment; for T5 the authors took 0.95 and 0.98")
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    momentum: float = setting(0.95, "of the matrices, with Nesterov's variant")
+    adjust_lr: Literal["original", "match_rms_adamw"] = setting(
+        "match_rms_adamw",
+        "factor on a matrix's learning rate; original: sqrt(max(1, rows / columns)); match_rms_adamw: "
+        "0.2 sqrt(max(rows, columns)), so that AdamW's learning rate serves all roles",
+    )
+    others: Literal["adamw", "msgdw"] = setting("adamw", "what moves every role but matrix, with its own settings")
+    others_lr: float | None = setting(None, "their peak learning rate, before lr_factors; null: optimizer.lr")
+
+
+@dataclass(frozen=True)
+class AlphaControlConfig:
+    """What happens to the alphas beside the optimizer's step (pretrain/optimizers/alphas.py)."""
+
+    multiplier: list[float] | None = setting(
+        None, "[from, to]: a factor on every alpha that moves from one to the other between multiplier_steps; null: 1"
+    )
+    multiplier_steps: list[int] | None = setting(
+        None, "[first, last]: the last step, from 0, with the factor from, and the first with to", unit="steps"
+    )
+    bounds: list[float] | None = setting(None, "[low, high] that every alpha is kept within; null: none")
+    clip: float | None = setting(None, "largest norm of all alphas' gradients, clipped before train.clip; null: none")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["msgdw", "adamw"] = setting("msgdw", "momentum SGD with decoupled weight decay, or AdamW")
+    name: Literal["msgdw", "adamw", "lion", "muon", "sgd-sai"] = setting(
+        "msgdw",
+        "msgdw: momentum SGD with decoupled weight decay; adamw; lion; muon: of the matrices, another of the rest; "
+        "sgd-sai: momentum SGD whose tensors' learning rates are scaled by their first gradient",
+    )
     lr: float = setting(0.2, "peak learning rate")
     weight_decay: float = setting(0.0, "decoupled, multiplied by the scheduled learning rate")
     decay_roles: list[str] | None = setting(
         None, "the roles that decay; null: matrix, embedding and head, those that exist"
     )
     lr_factors: dict[str, float] = setting(dict, "role: factor on the learning rate, e.g. {alpha: 0.1}")
-    momentum: float = setting(0.9, "mSGDW: share of the last update that stays")
+    momentum: float = setting(0.9, "mSGDW, SGD-SaI: share of the last update that stays")
     dampening: float = setting(0.0, "mSGDW: the gradient enters the momentum times 1 - dampening")
     nesterov: bool = setting(False, "mSGDW: Nesterov's variant")
     beta1: float = setting(0.9, "AdamW: decay of the first moment")
     beta2: float = setting(0.95, "AdamW: decay of the second moment")
-    eps: float = setting(1e-8, "AdamW: added to the denominator")
+    eps: float = setting(1e-8, "AdamW, SGD-SaI: added to the denominator")
+    lion: LionConfig = setting(LionConfig, "for name lion")
+    muon: MuonConfig = setting(MuonConfig, "for name muon")
+    alpha: AlphaControlConfig = setting(AlphaControlConfig, "alphas beside the optimizer's step")
     state_dtype: Literal["fp32", "bf16"] = setting("fp32", "storage of the momentum or the moments between steps")
     state_rounding: Literal["stochastic", "nearest"] = setting(
         "stochastic", "bf16 states: stochastic is right on average, nearest loses changes below 1/512 of a value"
@@ -188,12 +247,21 @@ class RunConfig:
         for key, value in (
             ("train.loss_chunk", self.train.loss_chunk),
             ("train.clip", self.train.clip),
+            ("train.skip_norm_sigma", self.train.skip_norm_sigma),
+            ("train.rollback.sigma", self.train.rollback.sigma),
+            ("train.rollback.after", self.train.rollback.after),
             ("validate.sequences", self.validate.sequences),
             ("parallel.silence", self.parallel.silence),
             ("parallel.timeout", self.parallel.timeout),
         ):
             if value is not None and not value > 0:
                 raise ConfigError(f"{key} is {value}: write a positive number")
+        if self.train.skip_window < 2:
+            raise ConfigError(f"train.skip_window is {self.train.skip_window}: write 2 or more steps")
+        if self.train.rollback.times < 0:
+            raise ConfigError(f"train.rollback.times is {self.train.rollback.times}: write a number, or 0 for never")
+        if self.train.rollback.times and not self.checkpoint.every:
+            raise ConfigError("train.rollback needs checkpoints to go back to: write how often, in checkpoint.every")
         if not self.train.z_loss >= 0:
             raise ConfigError(f"train.z_loss is {self.train.z_loss}: write 0 or more")
         for key, every in (

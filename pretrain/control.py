@@ -32,8 +32,14 @@ class Stop(IntEnum):
 
 
 class Request(NamedTuple):
+    """What a run is asked for: to end, to commit a checkpoint."""
+
     stop: Stop
     save: bool
+
+    def and_also(self, other: Request) -> Request:
+        """What both ask for."""
+        return Request(max(self.stop, other.stop), self.save or other.save)
 
 
 class Requests:

@@ -21,7 +21,8 @@ from pretrain.distributed import World
 from pretrain.files import write_atomically
 from pretrain.lock import FolderLock
 
-# Keys that may differ when a run is gone on with: they change where and how fast, not what is trained.
+# Keys that may differ when a run is gone on with: they change where and how fast, or what is done after a spike, not
+# what is trained.
 MAY_CHANGE = (
     "runs_dir",
     "device",
@@ -33,6 +34,7 @@ MAY_CHANGE = (
     "train.compile",
     "train.activation_checkpointing",
     "train.checkpoint_every_block",
+    "train.rollback.",
     "parallel.",
     "checkpoint.",
     "validate.",

@@ -11,7 +11,7 @@ from pretrain.config import RunConfig
 from pretrain.counts import Counts
 from pretrain.distributed import World
 from pretrain.engines.protocol import Engine
-from pretrain.optimizers import learning_rate_fraction
+from pretrain.optimizers import alpha_factor, learning_rate_fraction
 
 
 def learning_rate(config: RunConfig, steps: int, step: int) -> float:
@@ -22,11 +22,15 @@ def learning_rate(config: RunConfig, steps: int, step: int) -> float:
 def train_step(
     engine: Engine, rows: Tensor, step: int, config: RunConfig, counts: Counts, world: World, eos: int
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of every micro-batch, then the update with step ``step``'s learning rate.
+    """Forward and backward of every micro-batch, then the update with step ``step``'s learning rate; before it, alphas
+    are scaled by the step's factor.
 
     ``rows``: this rank's int64 [sequences, length + 1]. Returns this rank's part of the global batch's mean loss and
     the global gradient norm before clipping, fp32 [] on the device: nothing here waits for it.
     """
+    factor = alpha_factor(step, counts.steps, config.optimizer.alpha)
+    if factor != 1.0:
+        engine.scale_alphas(factor)
     masked = config.data.document_mask
     tokens = rows.to(world.device, non_blocking=True)
     batches = [make_batch(part, eos, masked) for part in tokens.split(counts.micro_batch)]

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models import ConfigError, parameter_roles
+from models import ConfigError, known_failures, parameter_roles
 from pretrain.agreement import Ranks
 from pretrain.batch import make_batch
-from pretrain.checkpoint import Checkpointer, Saver, restore_rng_state, rng_state
+from pretrain.checkpoint import Checkpointer, Committed, Saver, restore_rng_state, rng_state
 from pretrain.config import RunConfig
 from pretrain.control import Request, Requests, Stop
 from pretrain.counts import derive_counts
@@ -25,7 +25,8 @@ from pretrain.data import Loader, RankBatch, open_source
 from pretrain.distributed import World
 from pretrain.engines import build_engine, check_engine
 from pretrain.evaluation import Evaluation, evaluate
-from pretrain.optimizers import describe, learning_rate_fraction
+from pretrain.optimizers import alpha_factor, describe, learning_rate_fraction
+from pretrain.rollback import Rollbacks
 from pretrain.run import RunFolder
 from pretrain.step import learning_rate, train_step
 from pretrain.telemetry import MetricsWriter, Throughput, memory_gb, open_console, record_sites, scalars
@@ -40,7 +41,7 @@ class Outcome(Enum):
 
 
 class Diverged(Exception):
-    """The loss is no longer finite."""
+    """The loss is no longer finite, or no step is taken any more."""
 
 
 def resolve_vocabulary(config: RunConfig, pieces: int) -> RunConfig:
@@ -82,6 +83,7 @@ class Trainer:
         self.config = config = resolve_vocabulary(config, self.source.vocabulary)
         self.counts = derive_counts(config, world.size)
         learning_rate_fraction(0, self.counts.steps, config.schedule)
+        alpha_factor(0, self.counts.steps, config.optimizer.alpha)
         self.folder = RunFolder(Path(config.runs_dir) / config.name)
         model = check_engine(config, world)
         if config.model.alpha.rule == "measured" and "alpha" not in parameter_roles(model).values():
@@ -95,10 +97,11 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder.checkpoints, keep.keep, keep.keep_every, group, lambda: self.folder.is_ours
         )
-        self.step = 0
+        self.step = self.left_out = 0
         self.stopped = Stop.NO
         self.diverged = ""
         self.data_state = self.source.state()
+        self.rollbacks = Rollbacks(config.train.rollback)
         self.validation: Evaluation | None = None
         self._resume()
         self.console = open_console(self.counts.steps, self.step, world.rank)
@@ -115,17 +118,26 @@ class Trainer:
         if committed is None:
             self.engine.initialize()
             return
-        tensors = self.engine.tensors()
-        extras, rank_state = self.checkpointer.load(committed, tensors)
-        self.engine.restore(tensors)
+        extras, rank_state = self._load(committed)
         self.source.load_state(extras["data"])
         self.data_state = self.source.state()
-        self.step = committed.step
+        if "rollbacks" in extras:
+            self.rollbacks.load_state(extras["rollbacks"])
         if rank_state is not None:
             restore_rng_state(rank_state)
         last = self.folder.last_validation()
         if last.get("step") == self.step:
             self.validation = Evaluation(last["val_loss"], last["val_bits_per_byte"])
+
+    def _load(self, committed: Committed) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The model and its optimizer; returns what else the checkpoint has, of the run and of this rank."""
+        tensors = self.engine.tensors()
+        extras, rank_state = self.checkpointer.load(committed, tensors)
+        self.engine.restore(tensors)
+        if self.engine.guard is not None and "guard" in extras:
+            self.engine.guard.load_state(extras["guard"])
+        self.step, self.left_out = committed.step, self._left_out()
+        return extras, rank_state
 
     def _seed(self, step: int) -> None:
         """Dropout's generator, which a checkpoint of the same world size then sets: other draws on every rank, and
@@ -164,6 +176,8 @@ class Trainer:
         )
         for line in [*self.engine.describe(), *describe(self.engine.optimizer, self.config.optimizer, sizes)]:
             say(line)
+        for line in known_failures(self.config.model):
+            say(f"warning: {line}")
         if self.step:
             say(f"going on after step {self.step}")
 
@@ -180,20 +194,21 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> Outcome:
-        config, counts, console = self.config, self.counts, self.console
+        config, counts = self.config, self.counts
         requests = Requests(self.world, self.folder.path, failed=lambda: self.saver.failed)
         loader = Loader(
             self.source,
             batch_size=counts.sequences,
             rank=self.world.rank,
             world_size=counts.world_size,
-            first_step=self.step,
+            first_step=self.step + self.rollbacks.passed_over,
             prefetch=config.data.prefetch,
             pin_memory=self.world.device.type == "cuda",
         )
         try:
             with loader, self.saver:
                 self.throughput.start(self.step)
+                owed = Request(Stop.NO, save=False)
                 while self.step < counts.steps:
                     self.world.at(self.step + 1, "data")
                     rows = next(loader)
@@ -204,29 +219,24 @@ class Trainer:
                     self.throughput.waited(rows.wait_seconds)
                     self.data_state = rows.state
                     self.step += 1
-                    record: dict[str, Any] = {}
-                    if self._due(config.log.every):
-                        record |= self._measured(loss, norm, rows)
-                    if self._due(config.validate.every):
-                        record |= self._validate(rows)
-                    self._write(record)
-                    console.advance(self.step)
-                    if self._due(config.checkpoint.every):
-                        self._save(loss, norm)
-                    if self.step < counts.steps and any(request := requests.agreed()):
-                        self._save(loss, norm)
+                    if self._after_step(loss, norm, rows):
+                        continue
+                    if self.step < counts.steps and any(owed := owed.and_also(requests.agreed())):
+                        if not self._save(loss, norm):
+                            continue
                         self.saver.wait()
-                        requests.done(request)
-                        if request.stop:
-                            self.stopped = request.stop
+                        requests.done(owed)
+                        if owed.stop:
+                            self.stopped = owed.stop
                             return Outcome.STOPPED
+                        owed = Request(Stop.NO, save=False)
             requests.done(Request(Stop.FILE, save=True))  # asked in the last steps
             return Outcome.FINISHED
         except Diverged as diverged:
             self.diverged = str(diverged)
             return Outcome.DIVERGED
         finally:
-            console.close()
+            self.console.close()
             if self.metrics is not None:
                 self.metrics.close()
             requests.close()  # waits for all ranks, one of which may be gone
@@ -239,6 +249,29 @@ class Trainer:
 
     # ------------------------------------------------------------------ around the step
 
+    def _after_step(self, loss: Tensor, norm: Tensor, rows: RankBatch) -> bool:
+        """Log, validate and save as is due. True if the run has gone back instead: it stands at another step."""
+        record: dict[str, Any] = {}
+        try:
+            if self._due(self.config.log.every):
+                record |= self._measured(loss, norm, rows)
+                if self.rollbacks.lasts and self._went_back(f"a spike has lasted to step {self.step}"):
+                    return True
+            if self._due(self.config.validate.every):
+                record |= self._validate(rows)
+            self._write(record)
+            self.console.advance(self.step)
+            # In a spike nothing is worth keeping, and what is kept instead would go.
+            if self._due(self.config.checkpoint.every) and (
+                self.step == self.counts.steps or not self.rollbacks.spikes
+            ):
+                self._save(loss, norm)
+        except Diverged as diverged:
+            if not self._went_back(str(diverged)):
+                raise
+            return True
+        return False
+
     def _measured(self, loss: Tensor, norm: Tensor, rows: RankBatch) -> dict[str, Any]:
         """Read the metrics: the one place where the host waits for the device."""
         value = self._finite(loss, norm)
@@ -250,16 +283,38 @@ class Trainer:
             "batch_hash": f"{sum(hashes) % 2**64:016x}",
             "memory_gb": memory_gb(self.world.device),
             **self.throughput.read(self.step),
+            **self._cared(value),
         }
         self.console.report(self.step, record)
         return record
 
+    def _cared(self, loss: float) -> dict[str, int]:
+        """Steps left out and times gone back, if there is care for such things."""
+        record: dict[str, int] = {}
+        left_out = self._left_out()
+        if self.engine.guard is not None:
+            record["steps_left_out"] = left_out
+        if left_out > self.left_out:
+            self.console.message(f"to step {self.step}: {left_out - self.left_out} left out, {left_out} in all")
+        self.left_out = left_out
+        self.rollbacks.add(self.step, loss, left_out)
+        if self.rollbacks.are_on:
+            record["rollbacks"] = self.rollbacks.done
+            record["sequences_passed_over"] = self.rollbacks.passed_over * self.counts.sequences
+        return record
+
+    def _left_out(self) -> int:
+        return 0 if self.engine.guard is None else int(self.engine.guard.left_out)
+
     def _finite(self, loss: Tensor, norm: Tensor) -> float:
         """The global batch's mean loss, or Diverged. An infinite gradient norm ruins the weights just as well."""
         value, size = self.world.sum(loss.clone()).item(), norm.item()
-        if not (math.isfinite(value) and math.isfinite(size)):
+        guard = self.engine.guard
+        lost = guard.is_stuck if guard is not None else not (math.isfinite(value) and math.isfinite(size))
+        if lost:
+            since = "" if guard is None else f", the last {self.config.train.skip_window} steps were left out"
             raise Diverged(
-                f"at step {self.step} the loss is {value} and the gradient norm {size}: lower optimizer.lr, or "
+                f"at step {self.step} the loss is {value} and the gradient norm {size}{since}: lower optimizer.lr, or "
                 "lengthen schedule.warmup_steps; earlier checkpoints stay"
             )
         return value
@@ -292,9 +347,43 @@ class Trainer:
         if record and self.metrics is not None:
             self.metrics.write(self.step, {"tokens": self.step * self.counts.batch_tokens, **record})
 
-    def _save(self, loss: Tensor, norm: Tensor) -> None:
-        """Commit a checkpoint of what is trained so far; weights that are no longer finite are not worth one."""
+    def _save(self, loss: Tensor, norm: Tensor) -> bool:
+        """Commit a checkpoint of what is trained so far; weights whose last loss is not finite are not worth one."""
         self.world.at(self.step, "checkpoint")
-        self._finite(loss, norm)
+        value = self._finite(loss, norm)
+        if not math.isfinite(value):  # the step was left out, and perhaps the weights are bad
+            if self.step == self.counts.steps:
+                raise Diverged(f"at step {self.step}, the last, the loss is {value}; earlier checkpoints stay")
+            self.console.message(f"no checkpoint at step {self.step}, where the loss is {value}")
+            return False
+        extras: dict[str, Any] = {"data": self.data_state}
+        if self.engine.guard is not None:
+            extras["guard"] = self.engine.guard.state()
+        if self.rollbacks.are_on or self.rollbacks.passed_over:
+            extras["rollbacks"] = self.rollbacks.state()
         with self.throughput.paused():
-            self.saver.save(self.step, self.engine.tensors, {"data": self.data_state}, rng_state())
+            self.saver.save(self.step, self.engine.tensors, extras, rng_state())
+        return True
+
+    def _went_back(self, why: str) -> bool:
+        """To the last checkpoint from before the spike, while the data goes on after it; False if that cannot be."""
+        if not self.rollbacks.is_allowed:
+            return False
+        self.world.at(self.step, "checkpoint")
+        self.saver.wait()
+        committed = self.checkpointer.latest(self.rollbacks.good_step)
+        if committed is None:
+            return False
+        left = self.step
+        self.checkpointer.drop_after(committed.step)
+        extras, _ = self._load(committed)
+        self.rollbacks.went_back(left - self.step, extras.get("rollbacks"))
+        if self.metrics is not None:
+            self.metrics.close()
+        self.metrics = self.ranks.each(self._open_metrics)  # without the lines of later steps
+        self.throughput.start(self.step)
+        self.console.message(
+            f"{why}: back to the checkpoint of step {self.step}, past {left - self.step} batches of data, "
+            f"{self.rollbacks.done} of {self.config.train.rollback.times} times"
+        )
+        return True

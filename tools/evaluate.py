@@ -9,7 +9,8 @@ MODEL is a run's folder, for its newest checkpoint, or a Hugging Face folder. On
 length) begin every --stride tokens, and a token is scored in the first window that reaches it, so that each has at
 least length - stride tokens before it, save at the start of the text. With a stride of the sequence length this is what
 training reports as val_loss. Tasks are lm_eval's, among them mmlu and mmlu_pro; dyt-paper, the 15 of the DyT paper; and
-YAML files in the folder --include-path. A run and the folder that tools.convert makes of it get the same results.
+YAML files in the folder --include-path. A run and the folder that tools.convert makes of it get the same results, save
+a model from elsewhere whose tokenizer puts a BOS before every text: in a run that is left out, so judge the folder.
 A run's results gather in evaluation.json in its folder.
 """
 

@@ -83,14 +83,15 @@ class Checkpointer:
             self._prune(step)
         return committed
 
-    def latest(self) -> Committed | None:
-        """The newest whole checkpoint, the same on all ranks; None if nothing was ever committed.
+    def latest(self, until: int | None = None) -> Committed | None:
+        """The newest whole checkpoint, of step ``until`` or before, the same on all ranks; None if none was committed.
 
         A damaged one is reported in one line (logging, rank 0) and the one before is tried. If all are damaged it is
         a ConfigError: to start over is the user's decision.
         """
         with _disk_errors(f"checkpoints in {self.folder} cannot be read"):
             steps = self.ranks.first(lambda: commit.committed_steps(self.folder))
+            steps = [step for step in steps if until is None or step <= until]
             for step in reversed(steps):
                 try:
                     return verified(self.ranks, self.folder, step)
@@ -126,6 +127,17 @@ class Checkpointer:
         """Deletes what interrupted saves and removals left. For the start of a run, before anything is saved."""
         with _disk_errors(f"leftovers in {self.folder} cannot be deleted"):
             self.ranks.first(lambda: commit.sweep(self.folder))
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, which are to be trained again and differently."""
+
+        def drop() -> None:
+            for later in commit.committed_steps(self.folder):
+                if later > step:
+                    commit.remove(self.folder, later)
+
+        with _disk_errors(f"checkpoints in {self.folder} cannot be deleted"):
+            self.ranks.first(drop)
 
     def _is_whole(self, step: int) -> bool:
         with _disk_errors(f"the checkpoint of step {step} in {self.folder} cannot be read"):

@@ -1,21 +1,25 @@
 """Tensors and plain values through torch.distributed.checkpoint (DCP), made strict.
 
 DCP writes each rank's shards to one file and a map of them to ``.metadata``, and reads any part of any tensor back
-under any sharding. As it comes, three things are amiss for us, and are mended here:
+under any sharding. As it comes, four things are amiss for us, and are mended here:
 
 - It unpickles without restriction, both ``.metadata`` and plain values. Here the first is limited to DCP's own
   record types, the second to ``torch.load(weights_only=True)``.
 - It loads into another dtype by casting and reports a different shape by a traceback of every rank. Here names, shapes
   and dtypes are compared before a byte is read.
-- On a full disk its writer hides the OSError behind "unexpected pos". Here the cause is what is raised.
+- What stops its writer, a full disk or a signal, it hides behind "unexpected pos". Here the cause is what is raised.
+- It keeps no checksums. Here they are taken of what is written while it is written.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import pathlib
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -24,23 +28,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.utils.serialization import config
 
 from models.errors import ConfigError
+from pretrain.checkpoint.manifest import FileRecord, RecordedFile
 
 # A single process is fine. Once and for all: warnings.catch_warnings would not be safe in a thread beside the training.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save_tensors(path: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Collective. Writes and syncs this rank's shards as ``__RANK_0.distcp``; rank 0 writes ``.metadata`` too."""
-    save(tensors, storage_writer=_Writer(path), process_group=group, no_dist=group is None)
+def save_tensors(path: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, FileRecord]:
+    """Collective. Writes and syncs this rank's shards as ``__RANK_0.distcp``; rank 0 writes ``.metadata`` too.
+
+    Returns the records of this rank's files by name.
+    """
+    writer = Writer(path)
+    save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+    return writer.records
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -72,7 +83,10 @@ def bytes_of(tensors: object) -> int:
     return sum(map(bytes_of, tensors.values())) if isinstance(tensors, dict) else 0
 
 
-class _Writer(FileSystemWriter):
+class Writer(FileSystemWriter):
+    """DCP's storage writer, for one file a rank in the new folder ``path``. ``records``: of the files that this process
+    has written there, by name. It raises what stopped it: OSError, or what a signal's handler raised."""
+
     def __init__(self, path: Path) -> None:
         super().__init__(
             path,
@@ -82,15 +96,37 @@ class _Writer(FileSystemWriter):
             per_thread_copy_ahead=0,  # else DCP waits for a GPU, the first of the node where a thread of ours calls it
             overwrite=False,
         )
+        self.fs = _RecordingFileSystem()
+        self.records = self.fs.records
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
-            return super().write_data(plan, planner)
+            # No reader of torch's looks at the CRC-32 in its archives, and the records have SHA-256.
+            with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+                return super().write_data(plan, planner)
         except RuntimeError as error:
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
+            while cause is not None and not isinstance(cause, OSError | KeyboardInterrupt | SystemExit):
                 cause = cause.__context__
             raise cause or error from None
+
+
+class _RecordingFileSystem(FileSystem):
+    """``records``: of the files written through it, by name."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb", "only a writer has it"
+        with RecordedFile(Path(path)) as file:
+            yield file
+        self.records[Path(path).name] = file.record
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
 
 
 class _Reader(FileSystemReader):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from models.config import InitConfig
 from models.errors import ConfigError
+from models.plan import resolve_plan
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.distributed import World
 
@@ -30,10 +32,38 @@ def _impossible(config: RunConfig, world: World) -> Iterator[str]:
             "parallel.cpu_offload with one process: fsdp shards, and offloads, from two ranks on; write "
             "--parallel.engine deepspeed, or --parallel.cpu_offload false"
         )
+    name, guarded = config.optimizer.name, train.skip_norm_sigma is not None
+    if deepspeed and parallel.zero_stage > 0 and name in ("muon", "sgd-sai"):
+        needs = "whole matrices" if name == "muon" else "each tensor's own first gradient"
+        yield (
+            f"optimizer.name {name} with parallel.zero_stage {parallel.zero_stage}: it needs {needs}, and ZeRO hands "
+            "an optimizer flat pieces of many tensors; write --parallel.engine fsdp, or --parallel.zero_stage 0"
+        )
+    if deepspeed and parallel.zero_stage > 0 and config.optimizer.alpha.clip is not None:
+        yield (
+            f"optimizer.alpha.clip with parallel.zero_stage {parallel.zero_stage}: DeepSpeed clips inside its step; "
+            "write --parallel.engine fsdp, or --parallel.zero_stage 0"
+        )
+    if deepspeed and parallel.zero_stage > 0 and guarded:
+        yield (
+            f"train.skip_norm_sigma with parallel.zero_stage {parallel.zero_stage}: DeepSpeed finds the norm inside "
+            "its step; write --parallel.engine fsdp, or --parallel.zero_stage 0"
+        )
+    if parallel.cpu_offload and guarded:
+        yield (
+            "train.skip_norm_sigma with parallel.cpu_offload: what the GPU decides would have to wait for the CPU; "
+            "write --parallel.cpu_offload false, or --train.skip_norm_sigma null"
+        )
     if parallel.shard_size is not None and parallel.shard != "hybrid":
         yield (
             f"parallel.shard_size {parallel.shard_size} with parallel.shard {parallel.shard}: write --parallel.shard "
             "hybrid, or --parallel.shard_size null"
+        )
+    weights = resolve_plan(config.model).weights
+    if precision.fp8 != "none" and weights != "plain":
+        yield (
+            f"precision.fp8 {precision.fp8} with linears whose weights are {weights} (model.weights, or the plan's): "
+            "8-bit linears take weights as they are; write --precision.fp8 none, or --model.weights plain"
         )
     if precision.fp8 != "none" and precision.compute != "bf16" and world.device.type == "cuda":
         yield (
@@ -44,7 +74,7 @@ def _impossible(config: RunConfig, world: World) -> Iterator[str]:
 
 def unheeded(config: RunConfig) -> list[str]:
     """A line for each setting that means nothing beside the others, so that none is ignored in silence."""
-    default, parallel, precision = ParallelConfig(), config.parallel, config.precision
+    default, parallel, precision, init = ParallelConfig(), config.parallel, config.precision, config.model.init
     keys = ("zero_stage",) if parallel.engine == "fsdp" else ("shard", "shard_size", "prefetch")
     other = "deepspeed" if parallel.engine == "fsdp" else "fsdp"
     lines = [
@@ -54,4 +84,7 @@ def unheeded(config: RunConfig) -> list[str]:
     ]
     if precision.fp8 == "none" and (precision.fp8_skip or precision.fp8_skip_first or precision.fp8_skip_last):
         lines.append("precision.fp8_skip, fp8_skip_first and fp8_skip_last do nothing where precision.fp8 is none")
+    rule = resolve_plan(config.model).init
+    if rule != "standard" and (init.std, init.depth_scaled_output) != (InitConfig().std, True):
+        lines.append(f"model.init.std and depth_scaled_output are of rule standard; here the rule is {rule}")
     return lines

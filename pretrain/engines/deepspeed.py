@@ -8,11 +8,11 @@ import math
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from models import parameter_roles
 from models.errors import ConfigError
@@ -124,17 +124,30 @@ class DeepSpeedEngine(ModelEngine):
     def step(self, lr: float) -> Tensor:
         self._has_state = True
         set_learning_rate(self.optimizer, lr)
-        if self._stage == 0:  # DeepSpeed clips and does not tell the norm
-            norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            self._deepspeed.step()
-            return norm
+        if self._stage == 0:
+            return self._step_whole()
         self._deepspeed.step()
+        self._bound_alphas()
         norm = self._deepspeed.get_global_grad_norm()
         # DeepSpeed leaves out an update with gradients that are not finite, and goes on. Another engine's weights would
         # be ruined and the run would end when metrics are read; so it does here.
         self._left_out |= bool(getattr(self._deepspeed.optimizer, "overflow", False))
         told = math.inf if self._left_out else norm
         return torch.as_tensor(told, dtype=torch.float32, device=self._world.device).detach()
+
+    def _step_whole(self) -> Tensor:
+        """Of stage 0, where gradients are whole on every rank and DeepSpeed clips without telling the norm."""
+        if self._config.optimizer.alpha.clip is not None:
+            clip_grad_norm_(self._alpha_parameters().values(), self._config.optimizer.alpha.clip)
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if self.guard is not None:
+            cast(Any, self.optimizer).found_inf = self.guard.judge(norm)
+        self._deepspeed.step()
+        self._bound_alphas()
+        return norm
+
+    def _alphas(self) -> list[Tensor]:
+        return [tensor for p in self._alpha_parameters().values() for tensor in self._state.copies(p)]
 
     def measure_alpha(self, batch: Batch, target: float) -> dict[str, float]:
         measured = super().measure_alpha(batch, target)
@@ -149,6 +162,7 @@ class DeepSpeedEngine(ModelEngine):
 
     def restore(self, tensors: dict[str, Any]) -> None:
         self._state.write(tensors)
+        self._left_out = False
 
     def _make_state(self) -> None:
         """One step of a zero gradient at learning rate 0 makes the optimizer's state, and moves nothing."""
@@ -157,7 +171,9 @@ class DeepSpeedEngine(ModelEngine):
         devices = [self._world.device] if self._world.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             self.accumulate(Batch(tokens, tokens, None), torch.full((), math.inf, device=self._world.device), last=True)
+        guard, self.guard = self.guard, None  # a norm of 0 is none to compare with
         self.step(0.0)
+        self.guard = guard
         for counter in self._state.counters():
             counter.zero_()
 

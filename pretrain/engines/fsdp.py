@@ -91,13 +91,19 @@ class FSDPEngine(ModelEngine):
         return nll
 
     def step(self, lr: float) -> Tensor:
+        if self._config.optimizer.alpha.clip is not None:
+            alphas = [p for p in self._alpha_parameters().values() if p.grad is not None]
+            _clip(alphas, self._config.optimizer.alpha.clip, _total_norm(alphas))
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = _total_norm([cast(Tensor, p.grad) for p in parameters]).to(self._world.device)
+        norm = _total_norm(parameters).to(self._world.device)
+        if self.guard is not None:
+            cast(Any, self.optimizer).found_inf = self.guard.judge(norm)
         if self._config.train.clip is not None:
             _clip(parameters, self._config.train.clip, norm)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._bound_alphas()
         self._refresh()
         return norm
 
@@ -159,10 +165,10 @@ def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
     torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=True)])
 
 
-def _total_norm(gradients: list[Tensor]) -> Tensor:
+def _total_norm(parameters: list[nn.Parameter]) -> Tensor:
     """The norm of all gradients together: those of each mesh, and the plain ones, make a norm of their own first."""
     kinds: dict[Any, list[Tensor]] = {}
-    for gradient in gradients:
+    for gradient in (cast(Tensor, p.grad) for p in parameters):
         kinds.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
     norms = [get_total_norm(group) for group in kinds.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]

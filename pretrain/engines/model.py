@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from models import Transformer
+from models import Transformer, parameter_roles
 from models.initialization import measure_alpha
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
@@ -19,6 +20,7 @@ from pretrain.engines.compiling import compile_blocks, require_compiler
 from pretrain.engines.float8 import convert_linears
 from pretrain.engines.mesh import shard_size
 from pretrain.engines.recomputation import checkpoint_activations
+from pretrain.optimizers import NormGuard, alphas
 
 
 class ModelEngine:
@@ -46,12 +48,33 @@ class ModelEngine:
         elif config.data.document_mask and world.device.type == "cuda":
             require_compiler(world.device)  # FlexAttention is compiled in any case
         self.settings: dict[str, Any] = {}
+        self.guard: NormGuard | None = None
+        if config.train.skip_norm_sigma is not None:
+            self.guard = NormGuard(config.train.skip_norm_sigma, config.train.skip_window, world.device)
         self._forward: Callable[..., Any] = self.model
 
     def describe(self) -> list[str]:
         """What the settings amount to, for the start of a run: a line each."""
         float8 = describe_float8(self._config.precision.fp8, self._float8, self._world.device)
         return [*float8, *unheeded(self._config)]
+
+    def scale_alphas(self, factor: float) -> None:
+        """Multiply every alpha, and keep it within ``optimizer.alpha.bounds``; no host synchronization."""
+        alphas.scale(self._alphas(), factor, self._config.optimizer.alpha.bounds)
+
+    def _bound_alphas(self) -> None:
+        """After an update."""
+        bounds = self._config.optimizer.alpha.bounds
+        if bounds is not None:
+            alphas.keep_within(self._alphas(), bounds)
+
+    def _alpha_parameters(self) -> dict[str, nn.Parameter]:
+        roles = parameter_roles(self.model)
+        return {name: p for name, p in self.model.named_parameters() if roles[name] == "alpha"}
+
+    def _alphas(self) -> list[Tensor]:
+        """Every tensor of this rank that holds alphas, or parts of them."""
+        return [p.to_local() if isinstance(p, DTensor) else p for p in self._alpha_parameters().values()]
 
     def compute(self) -> AbstractContextManager[None]:
         """Matrix products in the compute dtype by autocast, so that gains and alphas meet fp32 arithmetic."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.batch import Batch
+from pretrain.optimizers import NormGuard
 
 
 class Engine(Protocol):
@@ -18,6 +19,7 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
     shapes: dict[str, torch.Size]  # of every parameter as a whole, by its canonical name
     settings: dict[str, Any]  # of the library behind it, derived from the configuration; empty if it has none
+    guard: NormGuard | None  # what decides which steps are left out, if train.skip_norm_sigma asks for it
 
     def describe(self) -> list[str]:
         """What the settings amount to, for the start of a run: a line each."""
@@ -33,8 +35,12 @@ class Engine(Protocol):
         rank's summed negative log-likelihood in nats, fp32 [] on the device, without a host synchronization.
         """
 
+    def scale_alphas(self, factor: float) -> None:
+        """Multiply every parameter of role alpha, before a step's forward."""
+
     def step(self, lr: float) -> Tensor:
-        """Clip by the global norm, update, forget the gradients. Returns the norm before clipping, fp32 []."""
+        """Clip by the global norm, update, forget the gradients. Returns the norm before clipping, fp32 []. Where the
+        guard says so, nothing moves."""
 
     def evaluate(self, batch: Batch) -> Tensor:
         """This rank's summed negative log-likelihood in nats, fp32 [], without dropout or gradients. All ranks call

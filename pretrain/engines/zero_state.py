@@ -53,10 +53,12 @@ class ZeroState:
         size = dist.get_world_size()
         self._mesh = DeviceMesh("cpu", torch.arange(size)) if size > 1 else None
 
-    def names(self) -> list[str]:
-        """Of the optimizer's states with a value for each element, e.g. momentum_buffer."""
-        states = self._optimizer.state.values()
-        return list(dict.fromkeys(name for state in states for name, value in state.items() if _is_wide(name, value)))
+    def _states(self, name: str) -> dict[str, Tensor]:
+        """What the optimizer keeps of a parameter on this rank; under stages above 0, where all are alike, that of some
+        partition."""
+        if self._stage == 0:
+            return self._optimizer.state[self._parameters[name]]
+        return next(state for state in self._optimizer.state.values() if state)
 
     def counters(self) -> Iterator[Tensor]:
         """The numbers of steps that states carry."""
@@ -67,19 +69,10 @@ class ZeroState:
         self._link()
         model = {name: self._own(self._whole(p)) for name, p in self._parameters.items()}
         optimizer: dict[str, Any] = {}
-        dtypes = {
-            name: value.dtype
-            for state in self._optimizer.state.values()
-            for name, value in state.items()
-            if _is_wide(name, value)
-        }
-        step = next(self.counters(), None)
         for name, parameter in self._parameters.items():
-            for key in self.names():
-                whole = self._whole(parameter, key)
-                optimizer[f"state.{name}.{key}"] = self._own(whole.to(dtypes[key]))
-            if step is not None:
-                optimizer[f"state.{name}.step"] = step.detach().cpu().clone()
+            for key, held in self._states(name).items():
+                value = self._own(self._whole(parameter, key).to(held.dtype)) if held.dim() else held.cpu().clone()
+                optimizer[f"state.{name}.{key}"] = value
             group = self._groups[name]
             optimizer |= {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
         return {"model": model, "optimizer": optimizer}
@@ -90,12 +83,32 @@ class ZeroState:
         saved = tensors["optimizer"]
         for name, parameter in self._parameters.items():
             self._set(parameter, _full(tensors["model"][name]))
-            for key in self.names():
-                self._set(parameter, _full(saved[f"state.{name}.{key}"]), key)
+            for key, held in self._states(name).items():
+                value = saved[f"state.{name}.{key}"]
+                if held.dim():
+                    self._set(parameter, _full(value), key)
+                else:
+                    held.copy_(value)
             group = self._groups[name]
             group.update({key: saved[f"param_groups.{name}.{key}"] for key in group if key != "params"})
-        for counter in self.counters():
+        for counter in self.counters():  # of every partition
             counter.copy_(saved[f"state.{next(iter(self._parameters))}.step"])
+
+    def copies(self, parameter: Any) -> Iterator[Tensor]:
+        """Every tensor of this rank with elements of a parameter: what the forward reads, and the fp32 that an update
+        moves. Elementwise changes of all of them, on every rank, change the parameter."""
+        if self._stage == 0:
+            yield parameter.data
+        elif self._stage < 3:
+            yield parameter.data
+            if parameter._hp_mapping is not None:
+                yield parameter._hp_mapping.hp_fragment
+        else:
+            yield parameter.ds_tensor.data
+            if parameter.numel() == parameter.ds_numel:  # a small one that stays gathered
+                yield parameter.data
+            fp32, _ = self._zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
+            yield fp32
 
     def _link(self) -> None:
         """DeepSpeed 0.19.8 links parameters to their part of the state after the first *group* has its state."""
@@ -145,10 +158,6 @@ class ZeroState:
         return DTensor.from_local(
             own, self._mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
         )
-
-
-def _is_wide(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and name != "step"
 
 
 def _full(tensor: Tensor) -> Tensor:

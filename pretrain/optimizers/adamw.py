@@ -26,7 +26,7 @@ class CompactAdamW(Elementwise):
     """
 
     MOMENTS: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-    COUNTS_STEPS: ClassVar[bool] = True
+    SCALAR: ClassVar[str | None] = "step"
 
     def __init__(
         self,
@@ -42,7 +42,8 @@ class CompactAdamW(Elementwise):
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, state_dtype, state_rounding
         )
 
-    def _update(self, slices: list[Slice], moments: list[list[Tensor]], group: dict[str, Any], first: bool) -> None:
+    @staticmethod
+    def update(slices: list[Slice], moments: list[list[Tensor]], group: dict[str, Any], first: bool) -> None:
         parameters = [one.parameter for one in slices]
         assert parameters[0].dtype == torch.float32
         beta1, beta2 = group["betas"]
@@ -52,7 +53,7 @@ class CompactAdamW(Elementwise):
             moments[0],
             moments[1],
             [],
-            [one.step for one in slices if one.step is not None],
+            [one.scalar for one in slices if one.scalar is not None],
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from models.errors import ConfigError, nearest
-from pretrain.config import OptimizerConfig
+from pretrain.config import AlphaControlConfig, OptimizerConfig
+from pretrain.optimizers import alphas
 from pretrain.optimizers.adamw import CompactAdamW
+from pretrain.optimizers.lion import Lion
 from pretrain.optimizers.msgdw import MSGDW, check_range
+from pretrain.optimizers.muon import Muon
+from pretrain.optimizers.sgdsai import SGDSaI
 
 _DECAYING_ROLES = ("matrix", "embedding", "head")
 _STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_LARGE_FOR_ADAMW = 0.05  # every weight would move by about this much in every step
 
 
 def build_optimizer(
     named_parameters: Mapping[str, nn.Parameter], roles: Mapping[str, str], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """mSGDW or AdamW over one group per role.
+    """The optimizer that ``config.name`` names, over one group per role.
 
     ``roles`` maps every name of ``named_parameters`` to its role. A group carries, beside torch's own keys,
     ``role``, ``lr_factor``, ``weight_decay`` (0 where the role does not decay) and ``param_names``; its ``lr``
@@ -30,7 +33,7 @@ def build_optimizer(
     :class:`CompactAdamW`.
 
     Raises:
-        ConfigError: a setting out of range, or a role in ``decay_roles`` or ``lr_factors`` that no parameter has.
+        ConfigError: a setting out of range, or one about a role that no parameter has.
     """
     present = sorted(set(roles.values()))
     _validate(config, present)
@@ -41,7 +44,7 @@ def build_optimizer(
         # A fused kernel takes no mixture of plain tensors and DTensors, nor DTensors of several meshes.
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         if (role, mesh) not in groups:
-            factor = config.lr_factors.get(role, 1.0)
+            factor = _lr_factor(role, config)
             groups[role, mesh] = {
                 "params": [],
                 "role": role,
@@ -56,22 +59,55 @@ def build_optimizer(
                 f"optimizer.lr {group['lr']:g} (of role {group['role']}) times optimizer.weight_decay "
                 f"{config.weight_decay:g} is 1 or more: one step would decay the weights to nothing, lower either"
             )
-    if config.name == "adamw":
-        betas = (config.beta1, config.beta2)
-        if config.state_dtype == "fp32":
-            return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=betas, eps=config.eps, fused=True)
-        return CompactAdamW(
-            list(groups.values()), lr=config.lr, betas=betas, eps=config.eps, state_rounding=config.state_rounding
-        )
-    return MSGDW(
-        list(groups.values()),
-        lr=config.lr,
-        momentum=config.momentum,
-        dampening=config.dampening,
-        nesterov=config.nesterov,
-        state_dtype=_STATE_DTYPES[config.state_dtype],
-        state_rounding=config.state_rounding,
-    )
+    return _construct(list(groups.values()), config)
+
+
+def _construct(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    storage: dict[str, Any] = {
+        "state_dtype": _STATE_DTYPES[config.state_dtype],
+        "state_rounding": config.state_rounding,
+    }
+    betas = (config.beta1, config.beta2)
+    match config.name:
+        case "msgdw":
+            return MSGDW(
+                groups,
+                lr=config.lr,
+                momentum=config.momentum,
+                dampening=config.dampening,
+                nesterov=config.nesterov,
+                **storage,
+            )
+        case "adamw" if config.state_dtype == "fp32":
+            return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        case "adamw":
+            return CompactAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, **storage)
+        case "lion":
+            return Lion(groups, lr=config.lr, betas=(config.lion.beta1, config.lion.beta2), **storage)
+        case "sgd-sai":
+            return SGDSaI(groups, lr=config.lr, momentum=config.momentum, eps=config.eps, **storage)
+    rules: dict[str, dict[str, Any]] = {
+        "muon": Muon.settings(config.muon.momentum, config.muon.adjust_lr),
+        "adamw": {"betas": betas, "eps": config.eps},
+        "msgdw": MSGDW.settings(config.momentum, config.dampening, config.nesterov),
+    }
+    for group in groups:
+        rule = rule_of(group["role"], config)
+        group |= {"rule": rule, **rules[rule]}
+    return Muon(groups, lr=config.lr, **storage)
+
+
+def rule_of(role: str, config: OptimizerConfig) -> Literal["msgdw", "adamw", "lion", "muon", "sgd-sai"]:
+    """The optimizer that moves parameters of a role."""
+    return config.muon.others if config.name == "muon" and role != "matrix" else config.name
+
+
+def _lr_factor(role: str, config: OptimizerConfig) -> float:
+    factor = config.lr_factors.get(role, 1.0)
+    others_lr = config.muon.others_lr
+    if config.name == "muon" and role != "matrix" and others_lr is not None:
+        factor *= others_lr / config.lr
+    return factor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -80,46 +116,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def describe(optimizer: torch.optim.Optimizer, config: OptimizerConfig, sizes: Mapping[str, int]) -> list[str]:
-    """What the settings amount to at the peak learning rate: a headline, then a line for each role.
-
-    The effective step of mSGDW is what a constant gradient is multiplied by in the end,
-    lr · (1 - dampening) / (1 - momentum), with and without Nesterov. The effective decay is the share of a
-    weight that one step takes away, lr · weight decay. Counts are of the whole model, not of this rank's shard.
-    """
-    stored = f"stored in {config.state_dtype}"
-    if config.state_dtype == "bf16":
-        stored += " rounded to nearest" if config.state_rounding == "nearest" else " rounded stochastically"
-    if config.name == "adamw":
-        betas = f"betas {config.beta1:g} and {config.beta2:g}"
-        lines = [f"AdamW: {betas}, moments {stored}, eps {config.eps:g}, lr {config.lr:g}"]
-    else:
-        variant = "Nesterov" if config.nesterov else "no Nesterov"
-        lines = [
-            f"mSGDW: momentum {config.momentum:g} {stored}, dampening {config.dampening:g}, {variant}, lr {config.lr:g}"
-        ]
-    roles = dict.fromkeys(group["role"] for group in optimizer.param_groups)
-    for role in roles:
-        groups = [group for group in optimizer.param_groups if group["role"] == role]
-        count = sum(sizes[name] for group in groups for name in group["param_names"])
-        lr, decay = config.lr * groups[0]["lr_factor"], groups[0]["weight_decay"]
-        line = f"  {role:<9}  {count:>13,} parameters  lr {lr:g}"
-        if config.name == "msgdw":
-            line += f"  effective step {lr * (1.0 - config.dampening) / (1.0 - config.momentum):g}"
-        lines.append(f"{line}  weight decay {decay:g}  effective decay {lr * decay:g} per step")
-    if config.name == "adamw" and config.lr > _LARGE_FOR_ADAMW:
-        lines.append(f"  lr {config.lr:g} is mSGDW's scale; AdamW usually takes 1e-4 to 1e-2: set optimizer.lr too")
-    return lines
-
-
 def _validate(config: OptimizerConfig, present: list[str]) -> None:
-    """The roles and what both optimizers share; MSGDW checks its own settings, torch's messages name no key."""
+    """What names a role or is shared; optimizers check their own settings, but for torch's, which names no key."""
     for key, names in (("decay_roles", config.decay_roles or ()), ("lr_factors", config.lr_factors)):
         for role in names:
             if role not in present:
                 raise ConfigError(
                     f"optimizer.{key} names {role!r}, a role of no parameter of this model: {nearest(role, present)}"
                 )
+    alphas.validate(config.alpha)
+    if config.alpha != AlphaControlConfig() and "alpha" not in present:
+        raise ConfigError("optimizer.alpha is about parameters of role alpha, and this model has none: leave it out")
+    if config.name == "muon" and "matrix" not in present:
+        raise ConfigError("optimizer.name muon is about parameters of role matrix, and this model has none")
     if config.state_dtype not in _STATE_DTYPES:
         raise ConfigError(f"optimizer.state_dtype is {config.state_dtype!r}: write fp32 or bf16")
     for role, factor in config.lr_factors.items():
@@ -129,3 +138,7 @@ def _validate(config: OptimizerConfig, present: list[str]) -> None:
     check_range("optimizer.beta1", config.beta1, below=1.0)
     check_range("optimizer.beta2", config.beta2, below=1.0)
     check_range("optimizer.eps", config.eps)
+    if config.muon.others_lr is not None:
+        check_range("optimizer.muon.others_lr", config.muon.others_lr)
+        if config.name == "muon" and not config.lr:
+            raise ConfigError("optimizer.muon.others_lr with optimizer.lr 0: write a positive optimizer.lr")

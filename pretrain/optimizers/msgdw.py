@@ -52,23 +52,23 @@ class MSGDW(Elementwise):
         state_rounding: Rounding = "stochastic",
     ) -> None:
         check_range("optimizer.lr", lr)
-        check_range("optimizer.momentum", momentum, below=1.0)
         check_range("optimizer.weight_decay", weight_decay)
+        defaults = {"lr": lr, "weight_decay": weight_decay, **self.settings(momentum, dampening, nesterov)}
+        super().__init__(params, defaults, state_dtype, state_rounding)
+
+    @staticmethod
+    def settings(momentum: float, dampening: float, nesterov: bool) -> dict[str, Any]:
+        """What ``update`` finds in its group beside the learning rate and the decay."""
+        check_range("optimizer.momentum", momentum, below=1.0)
         check_range("optimizer.dampening", dampening, below=1.0)
         if nesterov and (dampening or not momentum):
             raise ConfigError(
                 f"optimizer.nesterov needs momentum above 0 and dampening 0, not {momentum} and {dampening}"
             )
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "dampening": dampening,
-            "nesterov": nesterov,
-        }
-        super().__init__(params, defaults, state_dtype, state_rounding)
+        return {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
 
-    def _update(self, slices: list[Slice], moments: list[list[Tensor]], group: dict[str, Any], first: bool) -> None:
+    @staticmethod
+    def update(slices: list[Slice], moments: list[list[Tensor]], group: dict[str, Any], first: bool) -> None:
         lr, momentum = group["lr"], group["momentum"]
         parameters = [one.parameter for one in slices]
         gradients = [one.gradient for one in slices]

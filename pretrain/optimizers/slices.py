@@ -22,18 +22,18 @@ class Slice(NamedTuple):
     parameter: Tensor
     gradient: Tensor
     moments: tuple[Tensor, ...]
-    step: Tensor | None  # the parameter's own count of steps, fp32 [], where its optimizer keeps one
+    scalar: Tensor | None  # the parameter's own number, fp32 [], where its optimizer keeps one: a count of steps, say
     number: int  # of the parameter in its group
     shard: tuple[int, ...]  # this rank's coordinates along the mesh dimensions that shard it: () for a whole tensor
     piece: int = 0
 
 
-def local_slice(parameter: Tensor, moments: tuple[Tensor, ...], step: Tensor | None, number: int) -> Slice:
+def local_slice(parameter: Tensor, moments: tuple[Tensor, ...], scalar: Tensor | None, number: int) -> Slice:
     """The local tensors of a parameter that has a gradient; they may be empty."""
     gradient = parameter.grad
     assert gradient is not None
     if not isinstance(parameter, DTensor):
-        return Slice(parameter, gradient, moments, step, number, ())
+        return Slice(parameter, gradient, moments, scalar, number, ())
     assert isinstance(gradient, DTensor)
     # Under sequence parallelism a replicated gain gets a partial gradient; where they agree this does nothing.
     gradient = gradient.redistribute(placements=parameter.placements)
@@ -43,7 +43,7 @@ def local_slice(parameter: Tensor, moments: tuple[Tensor, ...], step: Tensor | N
     shard = tuple(c for c, p in zip(coordinates, parameter.placements, strict=True) if not p.is_replicate())
     local = tuple(moment.to_local() for moment in moments if isinstance(moment, DTensor))
     assert len(local) == len(moments)
-    return Slice(parameter.to_local(), gradient.to_local(), local, step, number, shard)
+    return Slice(parameter.to_local(), gradient.to_local(), local, scalar, number, shard)
 
 
 def chunks(slices: list[Slice]) -> Iterator[list[Slice]]:

@@ -18,18 +18,24 @@ from torch.func import functional_call
 
 
 def save_as_compiled(blocks: nn.ModuleList) -> None:
-    """Exchange the blocks' forwards for one function, which the first call traces: all have the same code."""
-    first = blocks[0]
-    names = [name for name, _ in first.named_parameters()]
-    eager = _Eager(first)
+    """Exchange the blocks' forwards for functions, which the first call traces: one for all that have the same code."""
+    known: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    for block in blocks:
+        names = [name for name, _ in block.named_parameters()]
+        code = (*names, *(type(module) for module in block.modules()))
+        if code not in known:
+            known[code] = _split(block, names)
+        block.forward = partial(known[code], list(block.parameters()))
+
+
+def _split(block: nn.Module, names: list[str]) -> Callable[..., Any]:
+    eager = _Eager(block)
 
     def forward(parameters: list[Tensor], *arguments: Any) -> Tensor:
         own = {f"block.{name}": parameter for name, parameter in zip(names, parameters, strict=True)}
         return functional_call(eager, own, arguments)
 
-    split = aot_function(forward, _as_it_is, _as_it_is, partition_fn=min_cut_rematerialization_partition)
-    for block in blocks:
-        block.forward = partial(split, list(block.parameters()))
+    return aot_function(forward, _as_it_is, _as_it_is, partition_fn=min_cut_rematerialization_partition)
 
 
 class _Eager(nn.Module):

@@ -71,7 +71,7 @@ class FSDP:
             parameters=FP32 * here,
             gathered=self._gathered(moment),
             gradients=self._gradients(moment) + FP32 * sizes.replicated,
-            optimizer=moments_bytes(optimizer) * here,
+            optimizer=moments_bytes(self.config, sizes) * here,
             communication=self._buffers(moment),
             step=stepping_bytes(optimizer, here) if moment.phase == "step" else 0,
         )
@@ -79,7 +79,7 @@ class FSDP:
     def host(self) -> float:
         if not self.offloads:
             return 0.0
-        return self.sizes.share * (2 * FP32 + moments_bytes(self.config.optimizer))
+        return self.sizes.share * (2 * FP32 + moments_bytes(self.config, self.sizes))
 
     def collectives(self) -> Iterator[Collective]:
         sizes, group = self.sizes, self.group

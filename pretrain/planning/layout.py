@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from pretrain.config import OptimizerConfig, RunConfig
-from pretrain.optimizers import MSGDW, CompactAdamW
+from pretrain.optimizers import MSGDW, CompactAdamW, Lion, Muon, SGDSaI
+from pretrain.optimizers.elementwise import Elementwise
 from pretrain.optimizers.slices import CHUNK_ELEMENTS
 from pretrain.planning.sizes import Sizes
 from pretrain.planning.terms import Terms
@@ -75,22 +76,39 @@ class Layout(Protocol):
         """Of a step."""
 
 
-def moments_bytes(optimizer: OptimizerConfig) -> int:
-    """Of an element's moments."""
-    kind = MSGDW if optimizer.name == "msgdw" else CompactAdamW
-    return len(kind.MOMENTS) * (FP32 if optimizer.state_dtype == "fp32" else BF16)
+def moments_bytes(config: RunConfig, sizes: Sizes) -> float:
+    """Of an element's moments; of Muon, whose matrices have one and the rest perhaps two, on average."""
+    optimizer = config.optimizer
+    matrices = sizes.matmul - config.model.vocabulary * config.model.width
+    share = matrices / sizes.parameters if optimizer.name == "muon" else 1.0
+    count = share * _moments(optimizer.name) + (1.0 - share) * _moments(optimizer.muon.others)
+    return count * (FP32 if optimizer.state_dtype == "fp32" else BF16)
+
+
+def _moments(name: str) -> int:
+    kinds: dict[str, type[Elementwise]] = {
+        "msgdw": MSGDW,
+        "adamw": CompactAdamW,
+        "lion": Lion,
+        "muon": Muon,
+        "sgd-sai": SGDSaI,
+    }
+    return len(kinds[name].MOMENTS)
 
 
 def stepping_bytes(optimizer: OptimizerConfig, elements: int) -> float:
     """What a step over ``elements`` allocates, in portions (optimizers/slices.py). bf16 moments: for each a copy in
-    fp32, noise in 16 and in 32 bits, and the fp32 of rounding; Nesterov: the look-ahead."""
+    fp32, noise in 16 and in 32 bits, and the fp32 of rounding; Nesterov, Lion: the update; Muon, of a matrix: that and
+    what the iteration makes of it in bf16."""
     portion = min(elements, CHUNK_ELEMENTS)
     size = 0
     if optimizer.state_dtype == "bf16":
-        moments = moments_bytes(optimizer) // BF16
+        moments = _moments(optimizer.name)
         size = moments * (FP32 + BF16) + (2 * FP32 if optimizer.state_rounding == "stochastic" else 0)
-    if optimizer.name == "msgdw" and optimizer.nesterov:
+    if optimizer.name in ("lion", "muon") or (optimizer.name == "msgdw" and optimizer.nesterov):
         size += FP32
+    if optimizer.name == "muon":
+        size += 3 * BF16
     return portion * size
 
 
@@ -115,7 +133,7 @@ class OneProcess:
         return Terms(
             parameters=FP32 * elements,
             gradients=FP32 * done,
-            optimizer=moments_bytes(optimizer) * elements,
+            optimizer=moments_bytes(self.config, sizes) * elements,
             step=stepping_bytes(optimizer, elements) if moment.phase == "step" else 0,
         )
 

@@ -14,7 +14,7 @@ from pretrain.distributed import World
 from pretrain.engines.combinations import refuse_impossible
 from pretrain.engines.float8 import chosen_linears
 from pretrain.engines.mesh import shard_size
-from pretrain.optimizers import build_optimizer
+from pretrain.optimizers import alpha_factor, build_optimizer
 from pretrain.planning.cluster import Cluster
 from pretrain.planning.fsdp import FSDP
 from pretrain.planning.layout import Layout, OneProcess
@@ -72,6 +72,7 @@ def refuse_mistakes(config: RunConfig, world: World, counts: Counts) -> None:
         )
     refuse_impossible(config, world)
     learning_rate(config, counts.steps, 0)
+    alpha_factor(0, counts.steps, config.optimizer.alpha)
     with torch.device("meta"):
         model = Transformer(replace(config.model, depth=1))
         build_optimizer(dict(model.named_parameters()), parameter_roles(model), config.optimizer)

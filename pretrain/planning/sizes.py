@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models import ModelConfig, Role, Transformer, parameter_roles
+from models.plan import resolve_plan
 from pretrain.engines.fsdp import REPLICATED_ROLES
 
 
@@ -33,17 +34,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the whole model, in elements."""
+    """Of the whole model, in elements. ``first`` of its blocks have sites of their own, and at each of them
+    ``first_excess`` elements more, or less, than ``block``."""
 
     depth: int
     block: Part
     root: Part
     head: int  # elements of an untied head's weight
     matmul: int  # parameters in matrix products, a tied head's among them (telemetry/flops.py)
+    first: int = 0
+    first_excess: int = 0
 
     @property
     def parameters(self) -> int:
-        return self.depth * self.block.elements + self.root.elements
+        return self.depth * self.block.elements + self.first * self.first_excess + self.root.elements
 
     @property
     def share(self) -> int:
@@ -51,17 +55,19 @@ class Sizes:
 
     @property
     def replicated(self) -> int:
-        return self.depth * self.block.replicated + self.root.replicated
+        return self.depth * self.block.replicated + self.first * self.first_excess + self.root.replicated
 
 
 def measure(config: ModelConfig, ranks: int) -> Sizes:
     """Sizes of the model whose ``ranks`` share each parameter's rows."""
-    with torch.device("meta"):
-        model = Transformer(replace(config, depth=1))
+    first = resolve_plan(config).first_count(config.depth)
+    with torch.device("meta"):  # the first blocks differ in what stands at their sites, which is replicated
+        model = Transformer(replace(config, depth=2, first_blocks=1) if first else replace(config, depth=1))
     roles = parameter_roles(model)
     parameters = dict(model.named_parameters())
-    block = {name: p for name, p in parameters.items() if name.startswith("blocks.")}
-    root = {name: p for name, p in parameters.items() if name not in block}
+    block = {name: p for name, p in parameters.items() if name.startswith(f"blocks.{len(model.blocks) - 1}.")}
+    root = {name: p for name, p in parameters.items() if not name.startswith("blocks.")}
+    excess = sum(p.numel() for p in model.blocks[0].parameters()) - sum(p.numel() for p in block.values())
     linears = sum(p.numel() for name, p in block.items() if roles[name] == "matrix")
     divisible = sum(p.numel() for name, p in block.items() if roles[name] == "matrix" and p.shape[0] % ranks == 0)
     logits = config.vocabulary * config.width
@@ -71,6 +77,8 @@ def measure(config: ModelConfig, ranks: int) -> Sizes:
         root=_part(root, roles, ranks, 0),
         head=0 if config.is_tied else logits,
         matmul=config.depth * linears + logits,
+        first=first,
+        first_excess=excess,
     )
 
 

@@ -1,7 +1,8 @@
 """What a forward and backward allocate: the model itself, run on fake tensors, which have sizes and no values.
 
 Norms, dropout, dtypes, chunks of the loss, masks and recomputation count themselves, because the code that runs is the
-training's own. Two blocks stand for all of them: a third would add what the second did.
+training's own. Two blocks stand for all of them, a third would add what the second did; where the first ones have sites
+of their own, these and two more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from models import Transformer, parameter_roles
 from models.config import ModelConfig
+from models.plan import resolve_plan
 from pretrain.batch import make_batch
 from pretrain.config import RunConfig
 from pretrain.engines.recomputation import checkpoint_activations
@@ -74,12 +76,13 @@ def trace(config: RunConfig, micro_batch: int, *, gathered_bf16: bool, keeps_gra
 
 
 def _trace(config: RunConfig, micro_batch: int, gathered_bf16: bool, keeps_gradients: bool, on_gpu: bool) -> Trace:
-    every = config.train.checkpoint_every_block
-    depth = min(config.model.depth, 2 if every is None else max(1, every) + 1)
+    period = max(1, config.train.checkpoint_every_block or 1)
+    first = resolve_plan(config.model).first_count(config.model.depth)
+    depth = min(config.model.depth, first + period + 1)
     bf16 = config.precision.compute == "bf16"
     caches = config.parallel.engine == "deepspeed"  # its own autocast; engines/model.py has one without
     with FakeTensorMode():
-        model = _model(replace(config.model, depth=depth), gathered_bf16)
+        model = _model(replace(config.model, depth=depth, first_blocks=first), gathered_bf16)
         checkpoint_activations(model.blocks, config.train)
         compiled = config.train.compile and config.train.activation_checkpointing == "none"
         if compiled:
@@ -106,7 +109,8 @@ def _trace(config: RunConfig, micro_batch: int, gathered_bf16: bool, keeps_gradi
         begin = start[f"forward {index}"]
         end = start[f"forward {index + 1}" if index + 1 < depth else "loss"]
         traced.append(BlockCost(end - begin, peak[f"forward {index}"] - begin, peak[f"backward {index}"] - begin))
-    blocks = [traced[j if j < depth else 1 + (j - 1) % (every or 1)] for j in range(config.model.depth)]
+    last = depth - period  # from here on the blocks repeat themselves
+    blocks = [traced[j if j < depth else last + (j - last) % period] for j in range(config.model.depth)]
     return Trace(
         embedding=peak["embedding"],
         embedding_saved=start["forward 0"],

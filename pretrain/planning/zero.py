@@ -48,7 +48,7 @@ class Zero:
 
     def held(self, moment: Moment) -> Terms:
         elements, optimizer = self.sizes.parameters, self.config.optimizer
-        moments = moments_bytes(optimizer) * self.share + (FP32 * self.share if self.stage > 0 else 0)
+        moments = moments_bytes(self.config, self.sizes) * self.share + (FP32 * self.share if self.stage > 0 else 0)
         stepping = 0.0
         if moment.phase == "step":  # ZeRO flattens the gradients of a group, the matrices at most, to step on them
             stepping = stepping_bytes(optimizer, round(self.share)) + (FP32 * self.share if self.stage > 0 else 0)
@@ -65,7 +65,7 @@ class Zero:
         """Offloaded: moments, the copy of the share, and its gradient."""
         if not self.config.parallel.cpu_offload:
             return 0.0
-        return (moments_bytes(self.config.optimizer) + 2 * FP32) * self.share
+        return (moments_bytes(self.config, self.sizes) + 2 * FP32) * self.share
 
     def collectives(self) -> Iterator[Collective]:
         """A bucket goes from each rank to the one that owns its part, which sends as much as a reduce-scatter."""

@@ -6,86 +6,13 @@ positions an angle is off by up to 16 * 2^-24 = 1e-6, and so, within a small fac
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from models import ModelConfig
 from tests.models.building import scrambled, tiny, tokens
-
-Parameters = dict[str, Tensor]
-Reference = Callable[["Formulas", Tensor, str], Tensor]
-
-
-def rms(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return gain * x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps)
-
-
-class Formulas:
-    """The pieces of which the block formulas below are written."""
-
-    def __init__(self, config: ModelConfig, parameters: Parameters) -> None:
-        self.config, self.p = config, parameters
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        return rms(x, self.p[f"{name}.weight"], self.config.norm_eps)
-
-    def dyt(self, x: Tensor, name: str) -> Tensor:
-        return self.p[f"{name}.weight"] * torch.tanh(self.p[f"{name}.alpha"] * x)
-
-    def w(self, x: Tensor, name: str) -> Tensor:
-        return torch.einsum("oi,bli->blo", self.p[f"{name}.weight"], x)
-
-    def qkv(self, h: Tensor, block: str, norm: str) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [batch, length, heads, head width]; norm is none, head or projection."""
-        q, k, v = (self.w(h, f"{block}.attention.{part}") for part in "qkv")
-        if norm == "projection":
-            q, k = self.norm(q, f"{block}.attention.query"), self.norm(k, f"{block}.attention.key")
-        q, k, v = (t.reshape(*t.shape[:2], -1, self.config.head_width) for t in (q, k, v))
-        if norm == "head":
-            q, k = self.norm(q, f"{block}.attention.query"), self.norm(k, f"{block}.attention.key")
-        return q, k, v
-
-    def rope(self, x: Tensor) -> Tensor:
-        """Features i and i + h/2 are a complex number, turned by position * theta^(-2 i / h)."""
-        half = x.shape[-1] // 2
-        z = torch.complex(x[..., :half], x[..., half:])
-        for position in range(x.shape[1]):
-            for i in range(half):
-                angle = position * self.config.rope_theta ** (-i / half)
-                z[:, position, :, i] *= complex(math.cos(angle), math.sin(angle))
-        return torch.cat((z.real, z.imag), dim=-1)
-
-    def attention(self, h: Tensor, block: str, norm: str = "none") -> Tensor:
-        """concat_heads softmax(q^T k / sqrt(h)) v, before Wo."""
-        q, k, v = self.qkv(h, block, norm)
-        if self.config.trunk == "llama":
-            q, k = self.rope(q), self.rope(k)
-        out = torch.zeros_like(q)
-        group = q.shape[2] // k.shape[2]
-        for t in range(h.shape[1]):
-            for head in range(q.shape[2]):
-                past = k[:, : t + 1, head // group]
-                scores = torch.einsum("bd,bsd->bs", q[:, t, head], past) / math.sqrt(q.shape[-1])
-                weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
-                out[:, t, head] = torch.einsum("bs,bsd->bd", weights, v[:, : t + 1, head // group])
-        return out.flatten(2)
-
-    def hidden(self, m: Tensor, block: str) -> Tensor:
-        up = self.w(m, f"{block}.feedforward.up")
-        if self.config.trunk == "gpt":  # GELU, tanh form
-            return 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
-        gate = self.w(m, f"{block}.feedforward.gate")
-        return gate / (1 + torch.exp(-gate)) * up
-
-    def out(self, y: Tensor, block: str) -> Tensor:
-        return self.w(y, f"{block}.attention.out")
-
-    def down(self, y: Tensor, block: str) -> Tensor:
-        return self.w(y, f"{block}.feedforward.down")
+from tests.models.formulas import Formulas, Parameters, Reference
 
 
 def dnt(f: Formulas, x: Tensor, b: str) -> Tensor:
@@ -114,6 +41,11 @@ def olmo2(f: Formulas, x: Tensor, b: str) -> Tensor:
     return x + f.norm(f.down(f.hidden(x, b), b), f"{b}.mlp_out")
 
 
+def sandwich(f: Formulas, x: Tensor, b: str) -> Tensor:
+    """As Peri-LN: x + N(f(N(x)))."""
+    return peri(f, x, b)
+
+
 def sub_ln(f: Formulas, x: Tensor, b: str) -> Tensor:
     """Pre-norm, and a second norm before each output projection."""
     mid = f.norm(f.attention(f.norm(x, f"{b}.attn_in"), b), f"{b}.attention.attn_mid")
@@ -132,6 +64,7 @@ REFERENCES: dict[str, tuple[Reference, bool, str, bool]] = {
     "dnt": (dnt, True, "norm", False),
     "dnt-s4": (dnt_s4, True, "norm", False),
     "peri": (peri, True, "norm", False),
+    "sandwich": (sandwich, False, "norm", False),
     "olmo2": (olmo2, False, "norm", False),
     "sub-ln": (sub_ln, False, "norm", False),
     "dyt": (dyt, False, "dyt", True),

@@ -20,7 +20,10 @@ def gradients(block: nn.Module, documents: Tensor | None) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad} | {name: grad for name, grad in found.items() if grad is not None}
 
 
-@pytest.mark.parametrize("plan", ["dnt", "dyt", "derf"])
+PLANS = ["dnt", "dyt", "derf", "isru", "deepnorm", "hybridnorm", "rezero", "fixup", "nf", "sigma-reparam"]
+
+
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_block_equals_eager(plan: str, masked: bool) -> None:
     block = scrambled(tiny(plan=plan, kv_heads=2, depth=1)).blocks[0]
@@ -31,3 +34,22 @@ def test_compiled_block_equals_eager(plan: str, masked: bool) -> None:
     block.compile(backend="aot_eager", fullgraph=True)
     # fp32; the traced graph decomposes norms and reorders their sums
     torch.testing.assert_close(gradients(block, documents), eager, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_share_their_code_however_deep() -> None:
+    """nf has numbers of its own in every block, and torch gives up compiling after a few versions of one function."""
+    blocks = scrambled(tiny(plan="nf", depth=12)).blocks
+    torch.compiler.reset()
+    made = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal made
+        made += 1
+        return graph
+
+    table = rotary_table(16, 8, 10000.0, torch.device("cpu"))
+    for block in blocks:
+        block.compile(backend=count, fullgraph=True)
+        x = randn(2, 16, 32)
+        torch.testing.assert_close(block(x, table, None), type(block).forward(block, x, table, None))
+    assert made <= 3

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import ConfigError, ModelConfig, Transformer, parameter_roles
+from models import SITES, ConfigError, ModelConfig, Transformer, parameter_roles
+from models.alpha import alpha_by_width
 from models.config import AlphaConfig, InitConfig
-from models.initialization import alpha_by_width, initialize, measure_alpha
+from models.initialization import initialize, measure_alpha
 from tests.models.building import build, scrambled, tiny, tokens
 
 
@@ -107,17 +108,16 @@ def alphas(model: nn.Module) -> dict[str, float]:
 
 
 def everywhere(rule: AlphaConfig, **changes: object) -> ModelConfig:
-    sites = ("embed", "attn_in", "query", "key", "attn_mid", "attn_out", "mlp_in", "mlp_mid", "mlp_out", "final")
-    return tiny(plan="none", sites=dict.fromkeys(sites, "dyt"), alpha=rule, **changes)
+    return tiny(plan="none", sites=dict.fromkeys(SITES, "dyt"), alpha=rule, **changes)
 
 
 def is_attention(name: str) -> bool:
-    return ".attention." in name or name.endswith(("attn_in", "attn_out"))
+    return ".attention." in name or name.endswith(("attn_in", "attn_out", "attn_post"))
 
 
 def test_alpha_constant() -> None:
     values = alphas(build(everywhere(AlphaConfig(rule="constant", constant=0.75))))
-    assert len(values) == 2 + 8 * 2
+    assert len(values) == 2 + 12 * 2
     assert set(values.values()) == {0.75}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,13 +15,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from models import Transformer
+from models import ModelConfig, Transformer
+from models.config import InitConfig
 from models.initialization import initialize, measure_alpha
 from tests.models.building import build, tiny, tokens
 from tests.ranks import run_ranks
 
 # 61 pieces and a feed-forward of 40 do not divide by 4 ranks, and an alpha of shape (1,) leaves all but one rank empty.
 CONFIG = tiny(plan="derf", sites={"query": "dyt", "mlp_out": "dyt"}, kv_heads=2)
+PLANS = ["fixup", "t-fixup", "deepnorm", "rezero", "nf", "sigma-reparam", "hybridnorm-star"]
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
@@ -31,15 +34,20 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def sharded(reshard: bool) -> dict[str, Any]:
+def shard(config: ModelConfig, reshard: bool) -> Transformer:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with torch.device("meta"):
-        model = Transformer(CONFIG)
+        model = Transformer(config)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
     model.to_empty(device="cpu")
-    initialize(model, CONFIG, seed=5)
+    initialize(model, config, seed=5)
+    return model
+
+
+def sharded(reshard: bool) -> dict[str, Any]:
+    model = shard(CONFIG, reshard)
     empty = sum(p.to_local().numel() == 0 for p in model.parameters() if isinstance(p, DTensor))
     started = fingerprints(model)
     measured = measure_alpha(model, lambda: model(tokens()), 0.5)
@@ -63,3 +71,25 @@ def test_world_size_changes_no_bit(world_size: int, reshard: bool) -> None:
         assert rank["started"] == started
         assert rank["measured"] == pytest.approx(measured, rel=1e-6)  # gathered weights are laid out alike
         assert rank["alphas"] == pytest.approx({f"{name}.alpha": value for name, value in measured.items()}, rel=1e-6)
+
+
+def first_steps(plan: str, distribution: str) -> ModelConfig:
+    return tiny(plan=plan, kv_heads=2, init=InitConfig(distribution=distribution))  # type: ignore[arg-type]
+
+
+def all_plans() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for plan, distribution in product(PLANS, ("normal", "uniform")):
+        model = shard(first_steps(plan, distribution), reshard=True)
+        found[f"{plan} {distribution}"] = fingerprints(model), model(tokens(), tokens(seed=1))[1].item()
+    return found
+
+
+def test_rules_and_schemes_too() -> None:
+    """The same weights, and the same loss up to the order of sums, though weights are whole only inside a forward."""
+    for rank in run_ranks(all_plans, 4, timeout=150):
+        for plan, distribution in product(PLANS, ("normal", "uniform")):
+            model = build(first_steps(plan, distribution), seed=5)
+            started, loss = rank[f"{plan} {distribution}"]
+            assert started == fingerprints(model), plan
+            assert loss == pytest.approx(model(tokens(), tokens(seed=1))[1].item(), rel=1e-6), plan

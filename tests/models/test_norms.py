@@ -41,10 +41,30 @@ CASES = {
     "layernorm without gain": ("layernorm", {"gain": False, "bias": True}),
     "dyt without gain": ("dyt", {"gain": False}),
     "derf without gain": ("derf", {"gain": False}),
+    "derf bare": ("derf", {"gain": False, "beta": False, "shift": False, "alpha": 1.0}),
+    "hardtanh": ("hardtanh", {}),
+    "sigmoid": ("sigmoid", {}),
+    "logistic": ("logistic", {"beta": True}),
+    "softsign": ("softsign", {}),
+    "isru": ("isru", {}),
+    "isru, alpha a number": ("isru", {"alpha": 0.7, "shift": True, "beta": True}),
+    "identity": ("identity", {}),
+    "a shift alone": ("identity", {"alpha": 1.0, "gain": False, "shift": True}),
 }
 
 Row = list[float]
 ONES = [1.0] * FEATURES
+ZEROS = [0.0] * FEATURES
+
+
+def each(f: Callable[[float], float], x: Row, p: dict[str, Row]) -> Row:
+    """gain f(alpha x + shift) + beta."""
+    alpha, shift = p["alpha"][0], p.get("shift", [0.0])[0]
+    return [
+        g * f(alpha * v + shift) + b for v, g, b in zip(x, p.get("weight", ONES), p.get("bias", ZEROS), strict=True)
+    ]
+
+
 FORMULAS: dict[str, Callable[[Row, dict[str, Row]], Row]] = {
     "rmsnorm": lambda x, p: [
         g * v / math.sqrt(sum(u * u for u in x) / len(x) + EPS) for v, g in zip(x, p.get("weight", ONES), strict=True)
@@ -54,14 +74,14 @@ FORMULAS: dict[str, Callable[[Row, dict[str, Row]], Row]] = {
         for v, g, b in zip(x, p.get("weight", ONES), p.get("bias", [0.0] * len(x)), strict=True)
     ],
     "l2norm": lambda x, p: [v / max(math.sqrt(sum(u * u for u in x)), EPS) for v in x],
-    "dyt": lambda x, p: [
-        g * math.tanh(p["alpha"][0] * v) + b
-        for v, g, b in zip(x, p.get("weight", ONES), p.get("bias", [0.0] * len(x)), strict=True)
-    ],
-    "derf": lambda x, p: [
-        g * math.erf(p["alpha"][0] * v + p["shift"][0]) + b
-        for v, g, b in zip(x, p.get("weight", ONES), p.get("bias", [0.0] * len(x)), strict=True)
-    ],
+    "dyt": lambda x, p: each(math.tanh, x, p),
+    "derf": lambda x, p: each(math.erf, x, p),
+    "hardtanh": lambda x, p: each(lambda z: min(max(z, -1.0), 1.0), x, p),
+    "sigmoid": lambda x, p: each(lambda z: 2 / (1 + math.exp(-z)) - 1, x, p),
+    "logistic": lambda x, p: each(lambda z: 1 / (1 + math.exp(-z)), x, p),
+    "softsign": lambda x, p: each(lambda z: z / (1 + abs(z)), x, p),
+    "isru": lambda x, p: each(lambda z: z / math.sqrt(1 + z * z), x, p),
+    "identity": lambda x, p: each(lambda z: z, x, p),
 }
 
 
@@ -70,7 +90,8 @@ def test_formula(case: str) -> None:
     name, settings = CASES[case]
     norm = make(name, **settings).double()
     x = randn(3, FEATURES, dtype=torch.float64)
-    values = {key: parameter.tolist() for key, parameter in norm.named_parameters()}
+    values = {"alpha": [settings.get("alpha")]}
+    values |= {key: parameter.tolist() for key, parameter in norm.named_parameters()}
     expected = torch.tensor([FORMULAS[name](row, values) for row in x.tolist()], dtype=torch.float64)
     torch.testing.assert_close(norm(x), expected, atol=1e-14, rtol=1e-13)
 
@@ -123,6 +144,14 @@ def test_autocast_changes_nothing(case: str) -> None:
     assert torch.equal(inside, norm(x))
 
 
+@pytest.mark.parametrize("x", [-30.0, -1.0, 0.0, 1.0, 30.0])
+def test_sigmoid_is_a_dyt_of_half_the_alpha(x: float) -> None:
+    sigmoid = build_norm("sigmoid", 1, {"eps": EPS, "alpha": 1.5}, site="final").double()
+    dyt = build_norm("dyt", 1, {"eps": EPS, "alpha": 0.75}, site="final").double()
+    value = torch.tensor([x], dtype=torch.float64)
+    torch.testing.assert_close(sigmoid(value), dyt(value), atol=1e-15, rtol=1e-15)
+
+
 def test_dyt_gradient_survives_bf16_saturation() -> None:
     """At |alpha x| = 4 the true slope is 1 - tanh(4)^2 = 1.34e-3; from a tanh rounded to bf16 (1.0) it would be 0."""
     norm = build_norm("dyt", FEATURES, {"eps": EPS}, site="final")
@@ -155,8 +184,8 @@ def test_rmsnorm_is_scale_free_and_layernorm_shift_free_too(scale: float, seed: 
 
 def test_alpha_has_one_dimension() -> None:
     """FSDP2 rejects parameters without dimensions."""
-    for name in ("dyt", "derf"):
-        assert all(p.ndim == 1 for p in make(name).parameters())
+    for name, settings in CASES.values():
+        assert all(p.ndim == 1 for p in make(name, **settings).parameters())
 
 
 @pytest.mark.parametrize(
@@ -166,6 +195,11 @@ def test_alpha_has_one_dimension() -> None:
         ("quaternion", {}, ["model.sites.mlp_mid", "choose one of", "dyt"]),
         ("dyt", {"betta": True}, ["model.sites.mlp_mid", "'betta'", "'beta'"]),
         ("rmsnorm", {"features": 3}, ["no setting 'features'"]),
+        ("rmsnorm", {"alpha": "fixed"}, ["rmsnorm has no setting 'alpha'"]),
+        ("dyt", {"alpha": "fixd"}, ["model.sites.mlp_mid", "'fixd'", "fixed or a positive number"]),
+        ("dyt", {"alpha": -1.0}, ["model.sites.mlp_mid", "-1.0", "positive number"]),
+        ("dyt", {"alpha": True}, ["model.sites.mlp_mid", "True", "positive number"]),
+        ("dyt", {"alpha": None}, ["model.sites.mlp_mid", "None", "positive number"]),
     ],
 )
 def test_mistakes_are_one_line(name: str, settings: dict[str, object], parts: list[str]) -> None:

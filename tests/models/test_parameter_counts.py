@@ -42,13 +42,29 @@ SHAPES = {
 }
 
 
-def norm_parameters(plan: str, depth: int, d: int, h: int, k: int, f: int) -> int:
-    """Parameters at the norm sites, and the embedding scale; LayerNorm without a shift."""
+def norm_parameters(plan: str, gated: bool, depth: int, d: int, h: int, k: int, f: int) -> int:
+    """Parameters at the norm sites, of residual schemes and of weights, and the embedding scale; LayerNorm without a
+    shift."""
+    elementwise = (depth * 2 + 1) * (d + 1) + 1  # gain, alpha; embedding scale
+    linears = 7 if gated else 6
+    rows = 2 * d + 2 * k + (2 if gated else 1) * f + d  # q and out, k and v, gate and up, down
     return {
         "none": 0,
+        **dict.fromkeys(("hardtanh", "sigmoid", "softsign", "isru", "identity"), elementwise),
+        "post": depth * 2 * d,
+        "deepnorm": depth * 2 * d + 1,
+        "mix-ln": depth * 2 * d + d,
+        "hybridnorm": depth * (d + 3 * h) + d,
+        "hybridnorm-star": depth * (d + 3 * h) + d + d,  # the first block has two norms of the stream, not one
+        "rezero": depth + 1,
+        "skipinit": depth * 2 + 1,
+        "nf": depth * (2 + rows) + 1,
+        "sigma-reparam": depth * linears + 1,
+        "fixup": depth * (4 + 2) + 1 + 1,
+        "t-fixup": 1,
         "llama": depth * 2 * d + d,
         "gpt": depth * 2 * d + d,
-        "dyt": (depth * 2 + 1) * (d + 1) + 1,  # gain, alpha; embedding scale
+        "dyt": elementwise,
         "derf": (depth * 2 + 1) * (2 * d + 2) + 1,  # gain, beta, alpha, shift; embedding scale
         "dnt": depth * (3 * d + 2 * h) + 2 * d,
         "dnt-s1": depth * 2 * d + d,
@@ -82,10 +98,13 @@ def test_the_file_as_it_is(file: str) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan(file: str, plan: str) -> None:
     shape = SHAPES[file]
-    own = norm_parameters("gpt" if file.endswith("gpt") or file.startswith("gpt") else "llama", *shape)
-    layernorm_shifts = norm_parameters("gpt", *shape) if file == "test-gpt" else 0  # its biases are on
+    gated = "llama" in file
+    own = norm_parameters("llama" if gated else "gpt", gated, *shape)
+    layernorm_shifts = own if file == "test-gpt" else 0  # its biases are on
     without = TOTALS[file] - own - layernorm_shifts
-    assert count(file, plan) == without + norm_parameters(plan, *shape) + (layernorm_shifts if plan == "gpt" else 0)
+    assert count(file, plan) == without + norm_parameters(plan, gated, *shape) + (
+        layernorm_shifts if plan == "gpt" else 0
+    )
 
 
 @pytest.mark.parametrize("file", [file for file in TOTALS if not file.startswith("test-")])

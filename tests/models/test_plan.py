@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from models import PLANS, SITES, ConfigError, ModelConfig, Transformer
+from models.config import AlphaConfig, InitConfig, ResidualConfig
+from models.initialization import measure_alpha
 from models.norms import NORMS
 from models.plan import resolve_plan
 from tests.models.building import build, tiny, tokens
@@ -19,11 +21,15 @@ PLACES = {
     "attn_in": ("blocks.0.attn_in", 32),
     "query": ("blocks.0.attention.query", 8),
     "key": ("blocks.0.attention.key", 8),
+    "value": ("blocks.0.attention.value", 8),
     "attn_mid": ("blocks.0.attention.attn_mid", 32),
     "attn_out": ("blocks.0.attn_out", 32),
+    "attn_post": ("blocks.0.attn_post", 32),
     "mlp_in": ("blocks.0.mlp_in", 32),
+    "mlp_act": ("blocks.0.feedforward.mlp_act", 40),
     "mlp_mid": ("blocks.0.feedforward.mlp_mid", 40),
     "mlp_out": ("blocks.0.mlp_out", 32),
+    "mlp_post": ("blocks.0.mlp_post", 32),
     "final": ("final", 32),
 }
 
@@ -72,6 +78,11 @@ def test_plans_have_their_sites_and_no_more(plan: str) -> None:
         "gpt": "attn_in mlp_in final",
         "dyt": "attn_in mlp_in final",
         "derf": "attn_in mlp_in final",
+        "hardtanh": "attn_in mlp_in final",
+        "sigmoid": "attn_in mlp_in final",
+        "softsign": "attn_in mlp_in final",
+        "isru": "attn_in mlp_in final",
+        "identity": "attn_in mlp_in final",
         "dnt": "embed attn_in query key attn_out mlp_out final",
         "dnt-s1": "attn_in mlp_in final",
         "dnt-s2": "attn_in query key mlp_in final",
@@ -81,14 +92,87 @@ def test_plans_have_their_sites_and_no_more(plan: str) -> None:
         "sandwich": "attn_in attn_out mlp_in mlp_out final",
         "sub-ln": "attn_in attn_mid mlp_in mlp_mid final",
         "olmo2": "query key attn_out mlp_out final",
-        "none": "",
-    }[plan]
-    function = {"gpt": "layernorm", "dyt": "dyt", "derf": "derf"}.get(plan, "rmsnorm")
+        "post": "attn_post mlp_post",
+        "deepnorm": "attn_post mlp_post",
+        "mix-ln": "attn_post mlp_post final",
+        "hybridnorm": "query key value attn_post final",
+        "hybridnorm-star": "attn_in query key value mlp_in final",
+        "fixup": "attn_in mlp_in mlp_act mlp_mid final",
+    }.get(plan, "")
+    function = {"gpt": "layernorm", "fixup": "identity"}.get(plan, plan if plan in NORMS else "rmsnorm")
     norms = norms_of(model)
     assert set(norms) == {PLACES[site][0] for site in expected.split()}
     assert {type(norm) for norm in norms.values()} <= {NORMS[function]}
-    assert (model.embedding_scale is not None) == (plan in ("dyt", "derf"))
+    scaled = {"deepnorm", "rezero", "skipinit", "nf", "sigma-reparam", "fixup", "t-fixup", *NORMS}
+    assert (model.embedding_scale is not None) == (plan in scaled)
     assert model(tokens()).shape == (2, 16, 61)
+
+
+def block_sites(config: ModelConfig) -> list[set[str]]:
+    names = [name.split(".") for name in norms_of(build(config))]
+    return [{name[-1] for name in names if name[:2] == ["blocks", str(i)]} for i in range(config.depth)]
+
+
+PRE, POST = {"attn_in", "mlp_in"}, {"attn_post", "mlp_post"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"depth": 8}, [POST, POST, PRE, PRE, PRE, PRE, PRE, PRE]),
+        ({"depth": 2}, [POST, PRE]),  # a quarter of two blocks, but at least one
+        ({"depth": 4, "first_blocks": 0.75}, [POST, POST, POST, PRE]),
+        ({"depth": 4, "first_blocks": 3}, [POST, POST, POST, PRE]),
+        ({"depth": 2, "first_blocks": 0}, [PRE, PRE]),
+        ({"depth": 2, "first_blocks": 5}, [POST, POST]),
+        ({"depth": 2, "sites": {"mlp_out": "dyt"}}, [POST | {"mlp_out"}, PRE | {"mlp_out"}]),
+        ({"depth": 2, "first_sites": {"mlp_post": "none", "mlp_out": "dyt"}}, [{"attn_post", "mlp_out"}, PRE]),
+        ({"depth": 2, "sites": {"mlp_in": "none"}}, [POST, {"attn_in"}]),
+    ],
+)
+def test_first_blocks_have_sites_of_their_own(changes: dict[str, Any], expected: list[set[str]]) -> None:
+    assert block_sites(tiny(plan="mix-ln", **changes)) == expected
+
+
+def test_any_plan_can_have_first_blocks() -> None:
+    changed = tiny(plan="llama", depth=3, first_blocks=1, first_sites={"attn_in": "dyt"})
+    assert [type(block.attn_in) for block in build(changed).blocks] == [
+        NORMS["dyt"],
+        NORMS["rmsnorm"],
+        NORMS["rmsnorm"],
+    ]
+
+
+def test_what_a_plan_brings_can_be_changed() -> None:
+    plan = resolve_plan(tiny(plan="nf"))
+    assert (plan.residual, plan.weights, plan.init, plan.embedding_scale) == ("nf", "standardized", "torch", True)
+    plan = resolve_plan(
+        tiny(
+            plan="nf",
+            residual=ResidualConfig(scheme="plain"),
+            weights="plain",
+            init=InitConfig(rule="standard"),
+            embedding_scale="none",
+        )
+    )
+    assert plan == resolve_plan(tiny(plan="none"))
+
+
+def test_a_fixed_alpha_is_no_parameter() -> None:
+    """It starts by the same rules, and is neither trained nor saved."""
+    sites: dict[str, Any] = {
+        "attn_in": {"function": "dyt", "alpha": "fixed"},
+        "mlp_in": {"function": "dyt", "alpha": 0.25},
+        "final": {"function": "dyt", "alpha": "learned"},
+    }
+    model = build(tiny(plan="dyt", sites=sites, alpha=AlphaConfig(rule="role", attention=0.75, other=0.5)))
+    assert [name for name, _ in model.named_parameters() if name.endswith("alpha")] == ["final.alpha"]
+    assert not [name for name in model.state_dict() if name.endswith("in.alpha")]
+    assert (model.blocks[1].attn_in.alpha, model.blocks[1].mlp_in.alpha) == (0.75, 0.25)
+    assert model.final.alpha.item() == 0.5
+    measured = measure_alpha(model, lambda: model(tokens()), 1.0)
+    assert set(measured) == {"final"}
+    assert (model.blocks[1].attn_in.alpha, model.blocks[1].mlp_in.alpha) == (0.75, 0.25)
 
 
 def sites(config: ModelConfig) -> dict[str, Any]:
@@ -148,6 +232,22 @@ def test_embedding_scale_and_norm_stand_in_order() -> None:
         ({"sites": {"atn_in": "rmsnorm"}}, ["model.sites", "'atn_in'", "did you mean 'attn_in'"]),
         ({"sites": {"final": 3}}, ["model.sites.final", "3", "rmsnorm"]),
         ({"sites": {"final": {"beta": True}}}, ["model.sites.final", "function"]),
+        ({"sites": {"final": {}}}, ["model.sites.final", "function"]),
+        ({"first_blocks": 1, "first_sites": {"final": "dyt"}}, ["model.first_sites", "'final'"]),
+        ({"first_blocks": 1, "first_sites": {"mlp_out": 3}}, ["model.first_sites.mlp_out", "3", "rmsnorm"]),
+        ({"first_sites": {"mlp_out": "dyt"}}, ["model.first_sites", "model.first_blocks"]),
+        ({"first_blocks": -1}, ["model.first_blocks is -1"]),
+        ({"first_blocks": 1.5}, ["model.first_blocks is 1.5", "share"]),
+        (
+            {"sites": {"final": {"function": "dyt", "alpha": "fixed"}}, "alpha": AlphaConfig(rule="measured")},
+            ["model.sites.final", "fixed", "measured"],
+        ),
+        ({"residual": ResidualConfig(initial=0.1)}, ["model.residual.initial is 0.1", "plain", "skipinit"]),
+        (
+            {"residual": ResidualConfig(scheme="rezero", constant=0.1)},
+            ["model.residual.constant is 0.1", "rezero", "deepnorm"],
+        ),
+        ({"residual": ResidualConfig(scheme="nf", constant=-1.0)}, ["model.residual.constant is -1.0", "positive"]),
         ({"width": 30}, ["model.width 30", "model.heads 4"]),
         ({"width": 36, "heads": 4}, ["odd", "RoPE"]),
         ({"kv_heads": 3}, ["model.kv_heads 3", "model.heads 4"]),

@@ -15,6 +15,8 @@ RULES = [
     (r"(embedding|positions)\.weight", "embedding"),
     (r"head\.weight", "head"),
     (r"embedding_scale", "scale"),
+    (r"blocks\.\d+\.(attention|feedforward)\.\w+\.gain", "gain"),  # of a linear's weight
+    (r"blocks\.\d+\.residual\.(both|attn|mlp)", "scale"),
     (r"blocks\.\d+\.(attention\.(q|k|v|out)|feedforward\.(gate|up|down))\.weight", "matrix"),
     (r"blocks\.\d+\.(attention\.(q|k|v|out)|feedforward\.(gate|up|down))\.bias", "bias"),
     (r".*\.alpha", "alpha"),

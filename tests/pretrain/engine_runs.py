@@ -18,7 +18,7 @@ from pretrain.step import train_step
 
 LENGTH, VOCABULARY, SEQUENCES = 16, 96, 8
 
-LEARNING_RATES = {"msgdw": 0.1, "adamw": 3e-3}
+LEARNING_RATES = {"msgdw": 0.1, "adamw": 3e-3, "lion": 1e-3, "muon": 1e-2, "sgd-sai": 1e-4}
 
 
 def config_of(plan: str = "dnt", optimizer: str = "msgdw", **sections: dict[str, Any]) -> RunConfig:

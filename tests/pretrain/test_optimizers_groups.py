@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from models.errors import ConfigError
-from pretrain.config import OptimizerConfig
-from pretrain.optimizers import CompactAdamW, build_optimizer, describe, set_learning_rate
+from pretrain.config import AlphaControlConfig, LionConfig, MuonConfig, OptimizerConfig
+from pretrain.optimizers import CompactAdamW, Lion, Muon, SGDSaI, build_optimizer, describe, set_learning_rate
 
 ROLES = {
     "embed.weight": "embedding",
@@ -39,7 +39,10 @@ def by_role(optimizer: torch.optim.Optimizer) -> dict[str, dict]:
     return {group["role"]: group for group in optimizer.param_groups}
 
 
-@pytest.mark.parametrize("name", ["msgdw", "adamw"])
+NAMES = ["msgdw", "adamw", "lion", "muon", "sgd-sai"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_one_group_a_role_with_its_values(name: str) -> None:
     groups = by_role(build_optimizer(named(), ROLES, replace(CONFIG, name=name)))
     assert {role: sorted(group["param_names"]) for role, group in groups.items()} == {
@@ -62,7 +65,7 @@ def test_one_group_a_role_with_its_values(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["msgdw", "adamw"])
+@pytest.mark.parametrize("name", NAMES)
 def test_only_the_decaying_roles_shrink(name: str) -> None:
     parameters = named()
     optimizer = build_optimizer(parameters, ROLES, replace(CONFIG, name=name, decay_roles=["gain", "alpha"]))
@@ -103,6 +106,30 @@ def test_msgdw_takes_its_settings_and_adamw_is_fused() -> None:
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
 
 
+def test_the_others_take_their_settings() -> None:
+    lion = build_optimizer(named(), ROLES, replace(CONFIG, name="lion", lion=LionConfig(0.95, 0.98)))
+    assert isinstance(lion, Lion)
+    assert all(group["betas"] == (0.95, 0.98) for group in lion.param_groups)
+    sai = build_optimizer(named(), ROLES, replace(CONFIG, name="sgd-sai", momentum=0.8, eps=1e-6, state_dtype="bf16"))
+    assert isinstance(sai, SGDSaI)
+    assert sai.storage.is_stochastic
+    assert all((group["momentum"], group["eps"]) == (0.8, 1e-6) for group in sai.param_groups)
+    config = replace(CONFIG, name="muon", momentum=0.8, muon=MuonConfig(0.9, "original", "msgdw", 0.5))
+    muon = by_role(build_optimizer(named(), ROLES, config))
+    assert isinstance(build_optimizer(named(), ROLES, config), Muon)
+    assert {role: group["momentum"] for role, group in muon.items()} == {
+        "matrix": 0.9,
+        "embedding": 0.8,
+        "gain": 0.8,
+        "alpha": 0.8,
+    }
+    assert muon["matrix"]["adjust_lr"] == "original"
+    set_learning_rate(optimizer := build_optimizer(named(), ROLES, config), 0.1)  # half of the peak
+    assert {role: group["lr"] for role, group in by_role(optimizer).items()} == pytest.approx(
+        {"matrix": 0.1, "embedding": 0.25, "gain": 0.25, "alpha": 0.125}
+    )
+
+
 def test_set_learning_rate_keeps_the_factors() -> None:
     optimizer = build_optimizer(named(), ROLES, CONFIG)
     set_learning_rate(optimizer, 0.04)
@@ -125,6 +152,69 @@ def test_describe_prints_the_effective_values() -> None:
     set_learning_rate(optimizer, 0.0)  # the description is of the peak, whatever the schedule has done
     matrix = " ".join(describe(optimizer, config, SIZES)[2].split())
     assert matrix == "matrix 32 parameters lr 0.2 weight decay 0.1 effective decay 0.02 per step"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"name": "lion", "lr": 1e-3},
+            "Lion: betas 0.9 and 0.99, moment stored in fp32, lr 0.001"
+            "| matrix 32 parameters lr 0.001 each element moves by 0.001 weight decay 0.1 effective decay 0.0001 per",
+        ),
+        (
+            {"name": "sgd-sai", "lr": 1e-3, "state_dtype": "bf16"},
+            "SGD-SaI: momentum 0.9 stored in bf16 rounded stochastically, averaged, eps 1e-08, lr 0.001"
+            "| alpha 1 parameters lr 0.0005 effective step 0.0005 x the tensor's g-SNR weight decay 0",
+        ),
+        (
+            {"name": "muon", "lr": 1e-2},
+            "Muon: momentum 0.95 stored in fp32, Nesterov, learning rates by match_rms_adamw, lr 0.01"
+            "| roles other than matrix: AdamW: betas 0.9 and 0.95, moments stored in fp32, eps 1e-08"
+            "| matrix 32 parameters lr 0.01 elements move by 0.002 (root mean square) weight decay 0.1"
+            "| gain 4 parameters lr 0.01 weight decay 0",
+        ),
+        (
+            {"name": "muon", "lr": 1e-2, "muon": MuonConfig(adjust_lr="original", others="msgdw", others_lr=0.5)},
+            "Muon: momentum 0.95 stored in fp32, Nesterov, learning rates by original, lr 0.01"
+            "| roles other than matrix: mSGDW: momentum 0.9 stored in fp32, dampening 0, no Nesterov"
+            "| matrix 32 parameters lr 0.01 elements move by 0.005 (root mean square)"
+            "| gain 4 parameters lr 0.5 effective step 5 weight decay 0",
+        ),
+        (
+            {"alpha": AlphaControlConfig([1.0, 0.5], [10, 90], [0.1, 2.0], 0.3)},
+            "alphas times 1 until step 10, times 0.5 from step 90 on"
+            "| alphas stay between 0.1 and 2"
+            "| alphas' gradients together are clipped to norm 0.3, before all gradients are",
+        ),
+    ],
+    ids=["lion", "sgd-sai", "muon", "muon, msgdw", "alpha"],
+)
+def test_describe_says_what_each_optimizer_does(change: dict, says: str) -> None:
+    config = replace(CONFIG, **change)
+    lines = [" ".join(line.split()) for line in describe(build_optimizer(named(), ROLES, config), config, SIZES)]
+    for line in says.split("|"):
+        assert any(said.startswith(line.strip()) for said in lines), (line, lines)
+
+
+def test_muon_elements_move_by_what_is_said_of_matrices_of_several_shapes() -> None:
+    config = replace(CONFIG, name="muon", lr=1e-2, lr_factors={}, muon=MuonConfig(adjust_lr="original"))
+    held = {"wide": nn.Parameter(torch.zeros(4, 16)), "tall": nn.Parameter(torch.zeros(16, 4))}
+    roles = dict.fromkeys(held, "matrix")
+    said = describe(build_optimizer(held, roles, config), config, {"wide": 64, "tall": 64})[2]
+    assert "elements move by 0.0025 to 0.005 (root mean square)" in said  # 1/4, and twice that for 16 rows on 4
+
+
+def test_settings_of_other_optimizers_are_not_ignored_in_silence() -> None:
+    change = {"beta2": 0.98, "nesterov": True, "muon": MuonConfig(0.9)}
+    config = replace(CONFIG, name="lion", **change)
+    lines = describe(build_optimizer(named(), ROLES, config), config, SIZES)
+    assert [line.strip() for line in lines if "does nothing" in line] == [
+        f"optimizer.{key} does nothing with optimizer.name lion" for key in ("nesterov", "beta2", "muon")
+    ]
+    config = replace(CONFIG, name="muon", **change)
+    lines = describe(build_optimizer(named(), ROLES, config), config, SIZES)
+    assert [line.split()[0] for line in lines if "does nothing" in line] == ["optimizer.nesterov"]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +263,10 @@ def test_the_effective_step_is_where_a_constant_gradient_ends() -> None:
         ({"name": "adamw", "eps": -1.0}, "optimizer.eps"),
         ({"name": "adamw", "state_dtype": "fp16"}, "optimizer.state_dtype is 'fp16': write fp32 or bf16"),
         ({"state_dtype": "fp16"}, "optimizer.state_dtype is 'fp16': write fp32 or bf16"),
+        ({"alpha": AlphaControlConfig(clip=-1.0)}, "optimizer.alpha.clip is -1.0"),
+        ({"name": "lion", "lion": LionConfig(beta2=1.0)}, "optimizer.lion.beta2 is 1.0"),
+        ({"name": "sgd-sai", "momentum": -0.1}, "optimizer.momentum is -0.1"),
+        ({"name": "muon", "muon": MuonConfig(momentum=1.0)}, "optimizer.muon.momentum is 1.0"),
         ({"state_rounding": "up"}, "optimizer.state_rounding is 'up': write stochastic or nearest"),
     ],
 )
@@ -186,8 +280,22 @@ def test_a_large_factor_on_a_role_that_does_not_decay_is_no_mistake() -> None:
     build_optimizer(named(), ROLES, replace(CONFIG, lr_factors={"alpha": 100.0}))
 
 
-@pytest.mark.parametrize(("lr", "warned"), [(1.0, True), (3e-3, False)])
-def test_a_learning_rate_of_the_other_optimizer_is_noticed(lr: float, warned: bool) -> None:
-    config = OptimizerConfig(name="adamw", lr=lr)
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [
+        ({"name": "adamw", "lr": 1.0}, "AdamW usually takes 1e-4 to 1e-2: set optimizer.lr too"),
+        ({"name": "adamw", "lr": 3e-3}, ""),
+        ({"name": "lion", "lr": 0.2}, "Lion usually takes 1e-5 to 1e-3: set optimizer.lr too"),
+        ({"name": "sgd-sai", "lr": 0.2}, "set optimizer.lr too"),
+        ({"name": "muon", "lr": 0.2}, "AdamW usually takes 1e-4 to 1e-2: set optimizer.muon.others_lr too"),
+        ({"name": "muon", "lr": 0.2, "muon": MuonConfig(others_lr=1e-3)}, ""),
+        ({"name": "muon", "lr": 0.2, "muon": MuonConfig(others="msgdw")}, ""),
+        ({"name": "msgdw", "lr": 1.0}, ""),
+    ],
+)
+def test_a_learning_rate_of_another_optimizer_is_noticed(change: dict, warned: str) -> None:
+    config = OptimizerConfig(**change)
     lines = describe(build_optimizer(named(), ROLES, config), config, SIZES)
-    assert any("set optimizer.lr too" in line for line in lines) == warned
+    said = [line for line in lines if "usually takes" in line]
+    assert len(said) == bool(warned)
+    assert all(warned in line for line in said)

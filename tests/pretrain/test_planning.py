@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import ConfigError, ModelConfig, Transformer
+from models import PLANS, ConfigError, ModelConfig, Transformer
 from models.initialization import initialize
 from pretrain.cli import load
 from pretrain.config import DataConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
@@ -20,6 +20,7 @@ from pretrain.planning import Cluster, cluster_of, find_remedy, largest_micro_ba
 from pretrain.planning.cluster import FRAGMENTS, RUNTIME
 from pretrain.planning.layout import Moment
 from pretrain.planning.plan import layout_of
+from pretrain.planning.sizes import measure
 from pretrain.planning.terms import Terms
 from pretrain.planning.trace import trace
 from pretrain.telemetry.devices import GPUS
@@ -120,7 +121,7 @@ def test_pace_by_hand() -> None:
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-@pytest.mark.parametrize("plan", ["llama", "dnt", "dyt", "gpt"])
+@pytest.mark.parametrize("plan", ["llama", "dnt", "dyt", "gpt", "deepnorm", "fixup", "nf", "sigma-reparam"])
 def test_what_a_block_saves_is_what_real_tensors_show(plan: str, compute: str) -> None:
     """Of real tensors that autograd keeps, in models of two and of three blocks: the difference is one block's."""
     changed = replace(small().model, plan=plan, trunk="gpt" if plan == "gpt" else "llama", dropout=0.1)
@@ -128,6 +129,38 @@ def test_what_a_block_saves_is_what_real_tensors_show(plan: str, compute: str) -
     saved = [_saved_by_a_real_forward(config, depth) for depth in (2, 3)]
     cost = trace(config, 2, gathered_bf16=False, keeps_gradients=True, on_gpu=False).blocks[-1].saved
     assert cost.total == saved[1] - saved[0]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("plan", ["mix-ln", "hybridnorm-star"])
+def test_blocks_of_two_kinds(plan: str, compile: bool) -> None:
+    """Each block has the cost of its kind, as a model has it in which all are of that kind; so with recomputation."""
+    config = small(train={"compile": compile, "activation_checkpointing": "none" if compile else "selective"})
+    config = replace(config, model=replace(config.model, plan=plan, depth=7, first_blocks=3))
+    whole = [
+        trace(
+            replace(config, model=replace(config.model, first_blocks=count)),
+            2,
+            gathered_bf16=False,
+            keeps_gradients=True,
+            on_gpu=False,
+        ).blocks
+        for count in (3, 7, 0)
+    ]
+    found, all_first, none_first = ([block.saved.total for block in blocks] for blocks in whole)
+    assert found[1:3] == all_first[1:3]
+    assert found[3:] == none_first[3:]
+    assert len(found) == 7
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("plan", PLANS)
+def test_sizes_are_the_models(plan: str, ranks: int) -> None:
+    config = replace(small().model, plan=plan)
+    sizes = measure(config, ranks)
+    assert sizes.parameters == sum(parameter.numel() for parameter in Transformer(config).parameters())
+    vectors = [p.numel() for p in Transformer(config).parameters() if p.ndim == 1]
+    assert sizes.replicated == sum(vectors)
 
 
 def _saved_by_a_real_forward(config: RunConfig, depth: int) -> int:

@@ -36,6 +36,9 @@ MAY_CHANGE = {
     "train.compile",
     "train.activation_checkpointing",
     "train.checkpoint_every_block",
+    "train.rollback.after",
+    "train.rollback.sigma",
+    "train.rollback.times",
     "parallel.engine",
     "parallel.shard",
     "parallel.shard_size",
@@ -55,6 +58,7 @@ MAY_CHANGE = {
 }
 MUST_STAY = {"name", "seed", "data.source", "data.sequence_length", "data.document_mask"}
 MUST_STAY |= {"train.steps", "train.tokens", "train.batch_tokens", "train.clip", "train.z_loss"}
+MUST_STAY |= {"train.skip_norm_sigma", "train.skip_window"}
 SECTIONS_THAT_STAY = ("model.", "data.stream.", "optimizer.", "schedule.", "precision.")
 
 
@@ -83,6 +87,8 @@ def changed(key: str) -> RunConfig | None:
         other = f"{now} too"
     elif key in ("optimizer.decay_roles", "optimizer.lr_factors", "model.sites"):
         other = {"optimizer.decay_roles": ["matrix"]}.get(key, {"alpha": 0.5})
+    elif key.startswith("optimizer.alpha."):
+        other = [1, 2]
     else:
         assert len(get_args(kind)) == 1, f"teach this test to change {key}"
         return None

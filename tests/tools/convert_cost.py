@@ -1,8 +1,10 @@
-"""Speed and memory of a conversion, beside a plain copy of the same bytes on the same disk in the same run.
+"""Speed and memory of a conversion, beside plain copies on the same disk in the same run: of the bytes that it reads
+and of those that it writes, which differ where the dtype does.
 
     python -m tests.tools.convert_cost --billions 7 --folder /tmp
 
-A LLaMA of random bf16 weights in shards of 1 GB is made, copied, and converted by a process of its own.
+A LLaMA of random bf16 weights in shards of 1 GB is made, copied, and converted by a process of its own, and what that
+wrote is copied too.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 
 from models import ModelConfig
 from tests.runs import ONE_THREAD, REPOSITORY
+from tools.convert import TARGETS
 from tools.formats.huggingface import stock_config
 from tools.formats.lazy import LazyTensor
 from tools.formats.names import to_llama
@@ -29,6 +32,7 @@ from tools.formats.weights import parameter_shapes
 SIZES = {  # billions -> width, depth, heads, ffn width
     7.0: (4096, 32, 32, 11008),
     3.0: (3200, 26, 32, 8640),
+    1.0: (2048, 16, 16, 5632),
     0.2: (1024, 12, 16, 2816),
 }
 _CONVERT = """
@@ -43,18 +47,18 @@ print(json.dumps({"seconds": seconds, "peak": peak_resident_bytes()}))
 
 
 class Cost(NamedTuple):
-    bytes: int
-    copy_seconds: float
-    convert_seconds: float
-    peak_bytes: int
+    """Bytes and seconds: of the source and its copy, of the result and its copy, and of the conversion."""
 
-    @property
-    def relative_speed(self) -> float:
-        return self.copy_seconds / self.convert_seconds
+    read_bytes: int
+    read_copy: float
+    written_bytes: int
+    written_copy: float
+    seconds: float
+    peak_bytes: int  # of the converting process's memory
 
 
-def make(folder: Path, billions: float, shard_bytes: int) -> int:
-    """A Hugging Face folder of that size; returns the bytes of its weights. The headers are written by hand."""
+def make(folder: Path, billions: float, shard_bytes: int) -> None:
+    """A Hugging Face folder of that size. The headers are written by hand."""
     width, depth, heads, ffn_width = SIZES[billions]
     config = ModelConfig("llama", width=width, depth=depth, heads=heads, ffn_width=ffn_width, vocab_size=32000)
     named = {name: LazyTensor(shape, None, None) for name, shape in parameter_shapes(config).items()}  # type: ignore[arg-type]
@@ -84,40 +88,59 @@ def make(folder: Path, billions: float, shard_bytes: int) -> int:
             os.fsync(out.fileno())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(stock_config(config, "LlamaForCausalLM")))
-    return 2 * sum(map(_count, shapes.values()))
 
 
 def _count(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape))
 
 
-def measure(folder: Path, billions: float, shard_bytes: int, target: str, rounds: int = 1) -> Cost:
-    """The best of some rounds, in which copy and conversion take turns. ``folder`` must not exist."""
-    size = make(folder / "model", billions, shard_bytes)
+def measure(folder: Path, billions: float, shard_bytes: int, target: str, source: str = "hf", rounds: int = 1) -> Cost:
+    """The best of some rounds, in which copies and conversion take turns. ``folder`` must not exist."""
+    model, out = folder / "model", folder / "out"
+    make(model, billions, shard_bytes)
+    if source == "native":
+        _convert(model, folder / "run", "native")
+        shutil.rmtree(model)
+        model = folder / "run"
     costs = []
-    for _ in range(rounds):
-        copied = _copy(folder / "model", folder / "copy")
+    for left in reversed(range(rounds)):
+        read_bytes, read_copy = _bytes(model), _copy(model, folder / "copy")
         os.sync()  # what others have written is theirs to wait for
-        options = [str(folder / "model"), str(folder / "out"), "--to", target]
-        command = [sys.executable, "-c", _CONVERT, *options]
-        done = subprocess.run(command, cwd=REPOSITORY, env=ONE_THREAD, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        shutil.rmtree(folder / "out")
-        costs.append(Cost(size, copied, found["seconds"], found["peak"]))
-    best = min(costs, key=lambda cost: cost.convert_seconds)
-    return best._replace(copy_seconds=min(cost.copy_seconds for cost in costs))
+        seconds, peak = _convert(model, out, target)
+        if not left:  # room for the last copy
+            shutil.rmtree(model)
+        costs.append(Cost(read_bytes, read_copy, _bytes(out), _copy(out, folder / "copy"), seconds, peak))
+        shutil.rmtree(out)
+    return Cost(*(min(values) for values in zip(*costs, strict=True)))._replace(
+        peak_bytes=max(c.peak_bytes for c in costs)
+    )
+
+
+def _convert(source: Path, destination: Path, target: str) -> tuple[float, int]:
+    """Seconds, and the process's largest memory."""
+    command = [sys.executable, "-c", _CONVERT, str(source), str(destination), "--to", target, "--allow-pickle"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=ONE_THREAD, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["seconds"], found["peak"]
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _copy(source: Path, destination: Path) -> float:
     """Seconds until the disk has it."""
     os.sync()
     started = time.monotonic()
-    destination.mkdir()
-    for path in source.iterdir():
-        with path.open("rb") as original, (destination / path.name).open("wb") as copy:
-            shutil.copyfileobj(original, copy, 1 << 24)
-            copy.flush()
-            os.fsync(copy.fileno())
+    for path in source.rglob("*"):
+        copy = destination / path.relative_to(source)
+        if path.is_dir():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as original, copy.open("wb") as file:
+            shutil.copyfileobj(original, file, 1 << 24)
+            file.flush()
+            os.fsync(file.fileno())
     seconds = time.monotonic() - started
     shutil.rmtree(destination)
     return seconds
@@ -125,21 +148,24 @@ def _copy(source: Path, destination: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.tools.convert_cost", description=__doc__.splitlines()[0])
-    parser.add_argument("--billions", type=float, choices=list(SIZES), default=7.0)
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="on the disk to measure; needs twice the model's size"
-    )
-    parser.add_argument("--to", default="safetensors")
+    add = parser.add_argument
+    add("--billions", type=float, choices=list(SIZES), default=7.0)
+    add("--folder", type=Path, required=True, help="on the disk to measure; needs room for the result twice")
+    add("--from", dest="source", choices=("hf", "native"), default="hf", help="what is converted (default hf)")
+    add("--to", choices=TARGETS, default="safetensors")
+    add("--rounds", type=int, default=1, help="of which the best counts (default 1)")
     arguments = parser.parse_args()
     place = arguments.folder / "convert-cost"
     try:
-        cost = measure(place, arguments.billions, 10**9, arguments.to)
+        cost = measure(place, arguments.billions, 10**9, arguments.to, arguments.source, arguments.rounds)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     print(
-        f"{cost.bytes / 1e9:.1f} GB to {arguments.to}: copied in {cost.copy_seconds:.0f} s, converted in "
-        f"{cost.convert_seconds:.0f} s ({cost.relative_speed:.0%} of the copy's speed), "
-        f"peak memory {cost.peak_bytes / 1e9:.2f} GB"
+        f"{arguments.source} to {arguments.to}: {cost.seconds:.1f} s, peak memory {cost.peak_bytes / 1e9:.2f} GB\n"
+        f"  {cost.read_copy / cost.seconds:.0%} of the speed of copying the {cost.read_bytes / 1e9:.1f} GB it reads "
+        f"({cost.read_copy:.1f} s)\n"
+        f"  {cost.written_copy / cost.seconds:.0%} of the speed of copying the {cost.written_bytes / 1e9:.1f} GB it "
+        f"writes ({cost.written_copy:.1f} s)"
     )
 
 

@@ -29,6 +29,7 @@ from tests.models.building import tiny, tokens
 from tests.runs import metrics, write_config
 from tests.tools.converting import assert_bitwise, model_of, run_convert, write_run
 from tests.tools.small_run import WORLD
+from tools.exported.modeling_equipoise import EquipoiseForCausalLM
 from tools.formats import huggingface, source
 from tools.formats.verification import transformer
 from tools.loading import load_run
@@ -212,6 +213,28 @@ def test_the_tokenizer_goes_along(sentencepiece_model: bytes, corpus: Path, tmp_
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == sentencepiece_model
 
 
+@pytest.mark.parametrize("shape", [LLAMA, GPT, {"plan": "dnt"}], ids=["llama", "gpt2", "own code"])
+@pytest.mark.parametrize("padding", [0, 512])
+@torch.no_grad()
+def test_what_no_piece_has_is_not_drawn(
+    shape: dict[str, Any], padding: int, sentencepiece_model: bytes, tmp_path: Path
+) -> None:
+    """Half of the vocabulary is padding here, so that without the list a text of 40 tokens had some for certain."""
+    write_run(tmp_path / "run", tiny(**shape, vocab_size=512 + padding, context=64), tokenizer=sentencepiece_model)
+    folder = run_convert(tmp_path / "run", tmp_path / "hf", "hf")
+    listed = json.loads((folder / "generation_config.json").read_text()).get("suppress_tokens")
+    assert listed == (list(range(512, 1024)) if padding else None)
+    own = json.loads((folder / "config.json").read_text())["model_type"] == "equipoise"
+    model = (EquipoiseForCausalLM if own else AutoModelForCausalLM).from_pretrained(folder).eval()
+    prompt = tokens(vocabulary=512, length=8)
+    settings = {"attention_mask": torch.ones_like(prompt), "min_new_tokens": 40, "max_new_tokens": 40}
+    for choice in ({"do_sample": False}, {"do_sample": True, "temperature": 2.0}):
+        torch.manual_seed(0)
+        assert model.generate(prompt, pad_token_id=0, **settings, **choice).max() < 512
+        if padding:
+            assert model.generate(prompt, pad_token_id=0, suppress_tokens=None, **settings, **choice).max() >= 512
+
+
 def test_a_tokenizer_of_another_kind_is_kept_as_it_is(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +264,28 @@ def test_a_tokenizer_of_another_kind_is_kept_as_it_is(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (again / name).read_bytes() == (theirs / name).read_bytes()
     assert json.loads((again / "config.json").read_text())["eos_token_id"] == [0, 5]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_token_before_every_text_is_told_of(begins: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers' tokenizer puts it there, and ours does not."""
+    fast = tokenizers.ByteLevelBPETokenizer()
+    special = ["<s>", "</s>"]
+    fast.train_from_iterator([""], vocab_size=258, special_tokens=special, show_progress=False)
+    if begins:
+        fast.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    write_run(tmp_path / "first", tiny(**LLAMA, vocab_size=258))
+    theirs = run_convert(tmp_path / "first", tmp_path / "theirs", "hf")
+    for name in ("config.yaml", "equipoise.json", "generation_config.json"):
+        (theirs / name).unlink()
+    fast.save(str(theirs / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (theirs / "tokenizer_config.json").write_text(json.dumps(kind))
+    capsys.readouterr()
+    run = run_convert(theirs, tmp_path / "run", "native")
+    assert ("puts <s> before every text" in capsys.readouterr().out) == begins
+    ids = AutoTokenizer.from_pretrained(theirs)("a text").input_ids
+    assert ids == [*([0] if begins else []), *load_run(run, torch.device("cpu")).tokenizer.encode("a text")]
 
 
 @pytest.fixture(scope="module")

@@ -11,25 +11,48 @@ from transformers import PreTrainedConfig
 class EquipoiseConfig(PreTrainedConfig):
     """What ``config.json`` holds.
 
-    ``sites`` says which function normalizes where: a site's name -> ``{"function": ..., and its settings}``. A site
-    that is not there is the identity. The sites, with the residual stream x::
+    ``sites`` says which function stands where: a site's name -> ``{"function": ..., and its settings}``. A site that is
+    not there is the identity. The sites, with the residual stream x::
 
         x = embed(embedding_scale * embedding(tokens) + positions)          (positions: gpt trunk only)
-        a = attn_in(x);  q, k, v = Wq a, Wk a, Wv a;  q, k = query(q), key(k)
-        x = x + attn_out( Wo . attn_mid( attention(q, k, v) ) )
-        m = mlp_in(x);   x = x + mlp_out( W2 . mlp_mid( act(W1 m) ) )
+        a = attn_in(x);  q, k, v = query(Wq a), key(Wk a), value(Wv a)
+        x = attn_post( x + attn_out( Wo . attn_mid( attention(q, k, v) ) ) )
+        m = mlp_in(x);   x = mlp_post( x + mlp_out( W2 . mlp_mid( act(mlp_act(W1 m)) ) ) )
         logits = head(final(x))
 
-    Functions and settings: ``rmsnorm`` (eps), ``layernorm`` (eps, bias), ``l2norm`` (eps), ``dyt`` (beta), ``derf``
-    (beta).
+    With the llama trunk ``mlp_act`` is the gate's alone. The first ``first_blocks`` blocks have the sites that
+    ``first_sites`` says in place of those.
+
+    Functions and settings: ``rmsnorm`` (eps, gain), ``layernorm`` (eps, bias, gain), ``l2norm`` (eps); ``dyt``,
+    ``derf``, ``hardtanh``, ``sigmoid``, ``logistic``, ``softsign``, ``isru``, ``identity`` (alpha, gain, beta, shift),
+    which are ``gain * f(alpha * x + shift) + beta`` with an alpha that is ``learned`` or a number. What is false there
+    is left out.
+
+    ``residual`` says how the stream x and a branch f are added, with a learned a and c = ``residual_constant``::
+
+        plain                               x + f(x)
+        rezero                              x + a f(x), one number a block for both branches
+        skipinit, fixup                     x + a f(x), one number a branch
+        layerscale                          x + a f(x), one number a feature
+        scaled                              x + c f(x)
+        nf                                  x + c a f(x / sqrt(1 + i c^2)) for branch i = 0, 1, ... of the model
+        deepnorm                            c x + f(x)
+
+    ``weights`` says what the blocks' linears multiply by: the weight as it is (plain), its rows with mean 0 and a norm
+    that is learned (standardized), or the weight over its spectral norm, times a learned number (sigma).
     """
 
     model_type = "equipoise"
 
     trunk: str = "llama"  # llama: rotary positions, SwiGLU; gpt: learned positions, GELU
     sites: dict[str, Any] = field(default_factory=dict)
+    first_sites: dict[str, Any] = field(default_factory=dict)
+    first_blocks: int = 0
+    residual: str = "plain"
+    residual_constant: float = 1.0
+    weights: str = "plain"
     embedding_scale: bool = False  # a learned scalar after the embedding
-    qk_scope: str = "head"  # what the query and key norms see: one head, or the whole projection
+    qk_scope: str = "head"  # what the query, key and value norms see: one head, or the whole projection
     vocab_size: int = 32000
     hidden_size: int = 2048
     num_hidden_layers: int = 24
@@ -55,3 +78,7 @@ class EquipoiseConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def sites_of(self, layer: int) -> dict[str, Any]:
+        """The sites of a block, counted from 0."""
+        return self.first_sites if layer < self.first_blocks else self.sites

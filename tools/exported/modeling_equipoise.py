@@ -9,7 +9,6 @@ code that trained it, under ``model.``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,101 +22,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
+from tools.exported.branches_equipoise import MadeLinear, Residual, linear
 from tools.exported.configuration_equipoise import EquipoiseConfig
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision -> fp32: norms compute there, whatever the dtype of the model."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-class RMSNorm(nn.Module):
-    """``gain * x / sqrt(mean(x^2) + eps)`` (arXiv 1910.07467)."""
-
-    def __init__(self, features: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps).to(x.dtype)
-
-
-class LayerNorm(nn.Module):
-    """``gain * (x - mean) / sqrt(var + eps) (+ shift)`` (arXiv 1607.06450)."""
-
-    def __init__(self, features: int, eps: float, bias: bool) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else wide(self.bias)
-        return F.layer_norm(wide(x), self.weight.shape, wide(self.weight), bias, self.eps).to(x.dtype)
-
-
-class L2Norm(nn.Module):
-    """``x / max(|x|, eps)``: unit length, no parameters."""
-
-    def __init__(self, features: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(wide(x), dim=-1, eps=self.eps).to(x.dtype)
-
-
-class DyT(nn.Module):
-    """``gain * tanh(alpha * x) (+ beta)``: no normalization, a bounded function instead (arXiv 2503.10622)."""
-
-    def __init__(self, features: int, beta: bool) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1))
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features)) if beta else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = wide(self.weight) * torch.tanh(wide(self.alpha) * wide(x))
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-
-class Derf(nn.Module):
-    """``gain * erf(alpha * x + shift) (+ beta)`` with a scalar shift (arXiv 2512.10938)."""
-
-    def __init__(self, features: int, beta: bool) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1))
-        self.shift = nn.Parameter(torch.zeros(1))
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features)) if beta else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = wide(self.weight) * torch.erf(wide(self.alpha) * wide(x) + self.shift)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-
-NORMS: dict[str, Callable[..., nn.Module]] = {
-    "rmsnorm": RMSNorm,
-    "layernorm": LayerNorm,
-    "l2norm": L2Norm,
-    "dyt": DyT,
-    "derf": Derf,
-}
-SITES = ("embed", "attn_in", "query", "key", "attn_mid", "attn_out", "mlp_in", "mlp_mid", "mlp_out", "final")
-
-
-def norm(config: EquipoiseConfig, site: str, features: int) -> nn.Module | None:
-    """The function that the configuration puts at ``site``; None is the identity."""
-    if site not in config.sites:
-        return None
-    settings = dict(config.sites[site])
-    return NORMS[settings.pop("function")](features, **settings)
-
-
-def through(function: nn.Module | None, x: Tensor) -> Tensor:
-    """``function(x)``, or x where there is none."""
-    return x if function is None else function(x)
+from tools.exported.norms_equipoise import SITES, Elementwise, LayerNorm, RMSNorm, norm, through, wide
 
 
 def rotary_table(config: EquipoiseConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +53,7 @@ def eager_attention(
 
 
 class Attention(nn.Module):
-    """``Wo . attn_mid(attention(query(Wq a), key(Wk a), Wv a))``: causal, with grouped queries."""
+    """``Wo . attn_mid(attention(query(Wq a), key(Wk a), value(Wv a)))``: causal, with grouped queries."""
 
     is_causal = True  # what transformers' attention functions ask their caller
 
@@ -156,14 +63,16 @@ class Attention(nn.Module):
         self.layer = layer
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q = nn.Linear(width, width, bias=config.bias)
-        self.k = nn.Linear(width, kv_width, bias=config.bias)
-        self.v = nn.Linear(width, kv_width, bias=config.bias)
-        self.out = nn.Linear(width, width, bias=config.bias)
+        self.q = linear(config, width, width)
+        self.k = linear(config, width, kv_width)
+        self.v = linear(config, width, kv_width)
+        self.out = linear(config, width, width)
         self.per_head = config.qk_scope == "head"
-        self.query = norm(config, "query", config.head_dim if self.per_head else width)
-        self.key = norm(config, "key", config.head_dim if self.per_head else kv_width)
-        self.attn_mid = norm(config, "attn_mid", width)
+        sites = config.sites_of(layer)
+        self.query = norm(sites, "query", config.head_dim if self.per_head else width)
+        self.key = norm(sites, "key", config.head_dim if self.per_head else kv_width)
+        self.value = norm(sites, "value", config.head_dim if self.per_head else kv_width)
+        self.attn_mid = norm(sites, "attn_mid", width)
 
     def heads(self, x: Tensor, function: nn.Module | None) -> Tensor:
         """[batch, length, features] -> [batch, heads, length, head width], through the norm."""
@@ -172,7 +81,8 @@ class Attention(nn.Module):
         return (through(function, x) if self.per_head else x).transpose(1, 2)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, cache: Cache | None) -> Tensor:
-        q, k, v = self.heads(self.q(x), self.query), self.heads(self.k(x), self.key), self.heads(self.v(x), None)
+        q, k = self.heads(self.q(x), self.query), self.heads(self.k(x), self.key)
+        v = self.heads(self.v(x), self.value)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
@@ -183,42 +93,52 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """``W2 . mlp_mid(act(W1 m))``; llama: ``silu(Wgate m) * Wup m`` (arXiv 2002.05202), gpt: GELU's tanh form."""
+    """``W2 . mlp_mid(act(W1 m))``; llama: ``silu(mlp_act(Wgate m)) * Wup m`` (arXiv 2002.05202), gpt:
+    ``gelu(mlp_act(Wup m))``, GELU in its tanh form."""
 
-    def __init__(self, config: EquipoiseConfig) -> None:
+    def __init__(self, config: EquipoiseConfig, layer: int) -> None:
         super().__init__()
-        width, hidden = config.hidden_size, config.intermediate_size
-        self.gate = nn.Linear(width, hidden, bias=config.bias) if config.trunk == "llama" else None
-        self.up = nn.Linear(width, hidden, bias=config.bias)
-        self.down = nn.Linear(hidden, width, bias=config.bias)
-        self.mlp_mid = norm(config, "mlp_mid", hidden)
+        width, hidden, sites = config.hidden_size, config.intermediate_size, config.sites_of(layer)
+        self.gate = linear(config, width, hidden) if config.trunk == "llama" else None
+        self.up = linear(config, width, hidden)
+        self.down = linear(config, hidden, width, after_activation=True)
+        self.mlp_act = norm(sites, "mlp_act", hidden)
+        self.mlp_mid = norm(sites, "mlp_mid", hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up(x)
-        h = F.gelu(up, approximate="tanh") if self.gate is None else F.silu(self.gate(x)) * up
+        z = through(self.mlp_act, up if self.gate is None else self.gate(x))
+        h = F.gelu(z, approximate="tanh") if self.gate is None else F.silu(z) * up
         return self.down(through(self.mlp_mid, h))
 
 
 class Block(GradientCheckpointingLayer):
-    """``x + attn_out(attention(attn_in(x)))``, then ``x + mlp_out(feedforward(mlp_in(x)))``."""
+    """``x = attn_post(x + attn_out(attention(attn_in(x))))``, then ``mlp_post(x + mlp_out(feedforward(mlp_in(x))))``;
+    ``Residual`` may have other sums."""
 
     def __init__(self, config: EquipoiseConfig, layer: int) -> None:
         super().__init__()
-        self.attn_in = norm(config, "attn_in", config.hidden_size)
+        width, sites = config.hidden_size, config.sites_of(layer)
+        self.attn_in = norm(sites, "attn_in", width)
         self.attention = Attention(config, layer)
-        self.attn_out = norm(config, "attn_out", config.hidden_size)
-        self.mlp_in = norm(config, "mlp_in", config.hidden_size)
-        self.feedforward = FeedForward(config)
-        self.mlp_out = norm(config, "mlp_out", config.hidden_size)
+        self.attn_out = norm(sites, "attn_out", width)
+        self.attn_post = norm(sites, "attn_post", width)
+        self.mlp_in = norm(sites, "mlp_in", width)
+        self.feedforward = FeedForward(config, layer)
+        self.mlp_out = norm(sites, "mlp_out", width)
+        self.mlp_post = norm(sites, "mlp_post", width)
+        self.residual = Residual(config, layer)
         self.dropout = config.dropout
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, past_key_values: Cache | None
     ) -> Tensor:
-        a = self.attention(through(self.attn_in, x), rotary, mask, past_key_values)
-        x = x + F.dropout(through(self.attn_out, a), self.dropout, self.training)
-        m = self.feedforward(through(self.mlp_in, x))
-        return x + F.dropout(through(self.mlp_out, m), self.dropout, self.training)
+        a = through(self.attn_in, self.residual.enter(x, 0))
+        a = through(self.attn_out, self.attention(a, rotary, mask, past_key_values))
+        x = through(self.attn_post, self.residual.join(x, F.dropout(a, self.dropout, self.training), 0))
+        m = through(self.mlp_in, self.residual.enter(x, 1))
+        m = through(self.mlp_out, self.feedforward(m))
+        return through(self.mlp_post, self.residual.join(x, F.dropout(m, self.dropout, self.training), 1))
 
 
 class Transformer(nn.Module):
@@ -231,9 +151,9 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.positions = nn.Embedding(config.max_position_embeddings, width) if config.trunk == "gpt" else None
         self.embedding_scale = nn.Parameter(torch.full((1,), math.sqrt(width))) if config.embedding_scale else None
-        self.embed = norm(config, "embed", width)
+        self.embed = norm(config.sites, "embed", width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.final = norm(config, "final", width)
+        self.final = norm(config.sites, "final", width)
         self.head = None if config.tie_word_embeddings else nn.Linear(width, config.vocab_size, bias=False)
 
     def enter(self, embedded: Tensor, positions: Tensor) -> Tensor:
@@ -270,15 +190,24 @@ class EquipoiseForCausalLM(PreTrainedModel, GenerationMixin):
         self._no_split_modules = ["Block"]
         self._skip_keys_device_placement = ["past_key_values"]
         # an alpha rounded to bf16 is off by up to 0.4 % at every site
-        self._keep_in_fp32_modules_strict = [rf"\.{site}\." for site in SITES] + [r"\.embedding_scale$"]
+        scalars = [r"\.embedding_scale$", r"\.residual\.", r"\.gain$"]
+        self._keep_in_fp32_modules_strict = [rf"\.{site}\." for site in SITES] + scalars
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # the linears and embeddings
-        if isinstance(module, RMSNorm | LayerNorm | DyT | Derf):
+        if isinstance(module, RMSNorm | LayerNorm | Elementwise):
             for name, parameter in module.named_parameters(recurse=False):
                 init.constant_(parameter, 1.0 if name in ("weight", "alpha") else 0.0)
+        if isinstance(module, MadeLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.ones_(module.gain)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        if isinstance(module, Residual):
+            for parameter in module.parameters():
+                init.constant_(parameter, module.initial)
         if isinstance(module, Transformer) and module.embedding_scale is not None:
             init.constant_(module.embedding_scale, math.sqrt(self.config.hidden_size))
 

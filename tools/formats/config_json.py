@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from models import ModelConfig
-from models.errors import ConfigError
+from models.config import ResidualConfig
+from models.errors import ConfigError, nearest
+from models.plan import BLOCK_SITES, PLANS, SITES
+from models.residual import CONSTANT
+from tools.exported import RESIDUALS, SETTINGS, WEIGHTS, defaults, remote_config
 
 # They say how a model is loaded, trained, sampled from or described, not what it computes.
 _HARMLESS = {
@@ -47,21 +52,30 @@ _GPT2 = {
     *("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "layer_norm_epsilon"),
     "tie_word_embeddings",
 }
-_ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "GPT2LMHeadModel": "gpt2"}
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "GPT2LMHeadModel": "gpt2",
+    "EquipoiseForCausalLM": "equipoise",
+}
 
 
 def model_config(described: Mapping[str, Any], where: Path) -> ModelConfig:
-    """The ModelConfig of a LLaMA, Mistral-like or GPT-2 config.json. ConfigError for any other, or if a key is set
-    that makes it compute what our transformer does not."""
-    path = where / "config.json"
-    kind = _kind(described, path)
+    """The ModelConfig of a LLaMA, Mistral-like or GPT-2 config.json, or one of our own. ConfigError for any other, or
+    if a key is set that makes it compute what our transformer does not."""
+    path, kind = where / "config.json", kind_of(described, where)
+    if kind == "equipoise":
+        given = {key: value for key, value in described.items() if value is not None}
+        read = _Reader(defaults() | given, path)
+        read.refuse_unknown(defaults().keys() | {"auto_map"})
+        return read.equipoise()
     read = _Reader(described, path)
     read.refuse_unknown(_GPT2 if kind == "gpt2" else _LLAMA)
     return read.gpt2() if kind == "gpt2" else read.llama(mistral=kind == "mistral")
 
 
 def check_same(ours: Mapping[str, Any], described: Mapping[str, Any], where: Path) -> None:
-    """ConfigError unless config.json says what follows from the config.yaml beside it."""
+    """ConfigError unless a config.json says the same, absent keys and all, as the config.yaml beside it."""
     for key, value in ours.items():
         if described.get(key) != value:
             raise ConfigError(
@@ -70,7 +84,8 @@ def check_same(ours: Mapping[str, Any], described: Mapping[str, Any], where: Pat
             )
 
 
-def _kind(described: Mapping[str, Any], path: Path) -> str:
+def kind_of(described: Mapping[str, Any], where: Path) -> str:
+    """llama, mistral, gpt2 or equipoise; ConfigError for anything else."""
     architectures, kind = described.get("architectures"), described.get("model_type")
     if architectures:
         name = architectures[0] if isinstance(architectures, list) else architectures
@@ -82,15 +97,24 @@ def _kind(described: Mapping[str, Any], path: Path) -> str:
         if kind in _ARCHITECTURES.values():
             return str(kind)
     raise ConfigError(
-        f"{path} describes the architecture {name} (model_type {kind}): only {', '.join(_ARCHITECTURES)} are imported"
+        f"{where / 'config.json'} describes the architecture {name} (model_type {kind}): only "
+        f"{', '.join(_ARCHITECTURES)} are imported"
     )
 
 
+def _exported(config: ModelConfig) -> dict[str, Any] | None:
+    """None if it has no exported form."""
+    try:
+        return remote_config(config)
+    except ConfigError:
+        return None
+
+
 class _Reader:
-    def __init__(self, described: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, described: Mapping[str, Any], path: Path | str) -> None:
         self._described, self._path = described, path
 
-    def refuse_unknown(self, read: set[str]) -> None:
+    def refuse_unknown(self, read: Set[str]) -> None:
         for key, value in self._described.items():
             if value is None or key in read or key in _HARMLESS:
                 continue
@@ -200,3 +224,85 @@ class _Reader:
             tied=self._flag("tie_word_embeddings", True),
             norm_eps=self._number("layer_norm_epsilon", 1e-5),
         )
+
+    def equipoise(self) -> ModelConfig:
+        """The inverse of ``remote_config``, by the plan that has the same sites if one has."""
+        sites, first = self._sites("sites", SITES), self._sites("first_sites", BLOCK_SITES)
+        epsilons = {settings["eps"] for settings in (*sites.values(), *first.values()) if "eps" in settings}
+        first_blocks = 0 if self._described["first_blocks"] == 0 else self._count("first_blocks")
+        if first_blocks:  # theirs are all sites of these blocks, ours the changes
+            first = {s: first.get(s, "none") for s in BLOCK_SITES if first.get(s) != sites.get(s)}
+        settings: dict[str, Any] = {
+            "sites": sites,
+            "first_sites": first,
+            "first_blocks": first_blocks,
+            "residual": self._residual(),
+            "weights": self._word("weights", WEIGHTS),
+            "trunk": self._word("trunk", ("llama", "gpt")),
+            "width": self._count("hidden_size"),
+            "depth": self._count("num_hidden_layers"),
+            "heads": self._count("num_attention_heads"),
+            "kv_heads": self._count("num_key_value_heads"),
+            "ffn_width": self._count("intermediate_size"),
+            "vocab_size": self._count("vocab_size"),
+            "context": self._count("max_position_embeddings"),
+            "bias": self._flag("bias", False),
+            "tied": self._flag("tie_word_embeddings", False),
+            "embedding_scale": "learned" if self._flag("embedding_scale", False) else "none",
+            "qk_scope": self._word("qk_scope", ("head", "projection")),
+            "dropout": 0.0 if self._described["dropout"] == 0 else self._number("dropout"),
+            "norm_eps": epsilons.pop() if len(epsilons) == 1 else ModelConfig.norm_eps,
+            "rope_theta": self._number("rope_theta"),
+        }
+        try:
+            config = ModelConfig(plan="none", **settings)
+            written = remote_config(config)
+        except ConfigError as error:
+            raise ConfigError(f"{self._path}: {error}") from None
+        of_plan: dict[str, Any] = {"sites": {}, "first_sites": {}, "first_blocks": None, "residual": ResidualConfig()}
+        of_plan |= dict.fromkeys(("weights", "embedding_scale", "qk_scope"), "plan")
+        for plan in PLANS:
+            named = replace(config, plan=plan, **of_plan)
+            if _exported(named) == written:
+                return named
+        return config
+
+    def _residual(self) -> ResidualConfig:
+        scheme = self._word("residual", RESIDUALS)
+        constant = float(self._number("residual_constant"))
+        if scheme not in CONSTANT and constant != 1:
+            self._refuse("residual_constant", f"which {scheme} does not have")
+        return ResidualConfig(scheme=scheme, constant=constant if scheme in CONSTANT else None)
+
+    def _sites(self, key: str, known: tuple[str, ...]) -> dict[str, Any]:
+        found = self._described[key]
+        if not isinstance(found, dict):
+            self._refuse(key, "which is no mapping")
+        for site in found:
+            if site not in known:
+                raise ConfigError(f"{self._path}: {key}.{site}: there is no such site; {nearest(site, known)}")
+        return {site: self._site(entry, f"{self._path}: {key}.{site}") for site, entry in found.items()}
+
+    def _site(self, entry: Any, where: str) -> dict[str, Any]:
+        function = entry.get("function") if isinstance(entry, dict) else None
+        if not isinstance(function, str) or function not in SETTINGS:
+            raise ConfigError(f"{where} is {entry!r}: it has to name one of the functions {', '.join(SETTINGS)}")
+        expected = {"function", *SETTINGS[function]}
+        absent = {"gain": True, "alpha": "learned", "shift": function == "derf"}  # what folders mean that lack them
+        settings = {key: value for key, value in absent.items() if key in expected} | entry
+        for key in sorted(settings.keys() ^ expected):
+            problem = "lacks" if key in expected else "has"
+            raise ConfigError(f"{where} {problem} {key}: {function} has {', '.join(SETTINGS[function])}")
+        read = _Reader(settings, where)
+        for key in SETTINGS[function]:
+            if key == "eps" or (key == "alpha" and settings[key] != "learned"):
+                settings[key] = read._number(key)
+            elif key != "alpha":
+                settings[key] = read._flag(key, False)
+        return settings
+
+    def _word(self, key: str, known: tuple[str, ...]) -> Any:
+        value = self._described[key]
+        if value not in known:
+            raise ConfigError(f"{self._path}: {key} is {value!r}: it has to be {', '.join(known[:-1])} or {known[-1]}")
+        return value

@@ -94,6 +94,9 @@ def write(weights: Weights, folder: Path, advance: Advance) -> list[str]:
     tag = f"global_step{weights.step}"
     place = folder / tag
     state = weights.optimizer or {}
+    optimizer = weights.config.optimizer.name
+    if state and optimizer in ("muon", "sgd-sai"):
+        raise ConfigError(f"ZeRO's flat partitions know no state of optimizer {optimizer}: leave --optimizer out")
     for name, tensor in weights.model.items():
         home = place / "zero" / name
         home.mkdir(parents=True)

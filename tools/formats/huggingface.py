@@ -13,30 +13,40 @@ from models.errors import ConfigError
 from models.plan import SITES, resolve_plan
 from tools.exported import remote_code_files, remote_config
 from tools.formats import companions
-from tools.formats.config_json import check_same, model_config
+from tools.formats.config_json import check_same, kind_of, model_config
 from tools.formats.files import member, read_indexed, read_json, read_pickle, read_safetensors, state_dict
 from tools.formats.lazy import LazyTensor, cast
-from tools.formats.names import from_gpt2, from_llama, to_gpt2, to_llama
-from tools.formats.tokenizer import FAST, SENTENCEPIECE, end_of_document, hub_files
+from tools.formats.names import from_gpt2, from_llama, to_gpt2, to_llama, with_gains
+from tools.formats.tokenizer import FAST, SENTENCEPIECE, end_of_document, hub_files, put_before, without_piece
 from tools.formats.weights import Weights, checked, rounded, run_config
 from tools.formats.writing import Advance, write_json, write_sharded
 
 _STOCK = {"LlamaForCausalLM": ("llama", "rmsnorm"), "GPT2LMHeadModel": ("gpt", "layernorm")}
 _PRE = ("attn_in", "mlp_in", "final")
 _NO_SENTENCEPIECE = (
-    "its tokenizer is no sentencepiece model: it is kept for the way back, but tools.prepare cannot use it to train on"
+    f"there is no sentencepiece model in it, no {SENTENCEPIECE}: its tokenizer is kept for the way back, but "
+    "tools.prepare cannot use it to train on"
 )
 _OWN_PREFIX = "model."  # of our names, in folders with code of their own
 
 
 def obstacle(config: ModelConfig, architecture: str) -> str:
-    """The setting that keeps ``architecture`` from computing what ``config`` does; "" if it is the same function."""
+    """The setting that keeps ``architecture`` from computing what ``config`` does; "" if it is the same function.
+
+    A gain or a shift that ``config`` leaves out is none: it is written as ones or zeros (names.py).
+    """
     trunk, function = _STOCK[architecture]
     plan = resolve_plan(config)
     if config.trunk != trunk:
         return f"model.trunk is {config.trunk}, it has {trunk}'s"
     if plan.embedding_scale:
         return "model.embedding_scale is learned, it has none"
+    if plan.of_block(0, config.depth).sites != plan.sites:
+        return "the first blocks have sites of their own, its blocks are all the same"
+    if plan.residual != "plain":
+        return f"model.residual.scheme is {plan.residual}, it has plain sums"
+    if plan.weights != "plain":
+        return f"model.weights is {plan.weights}, it uses them as they are"
     settings: list[dict[str, Any]] = []
     for site in SITES:
         entry = plan.sites.get(site)
@@ -105,28 +115,34 @@ def read(folder: Path, allow_pickle: bool) -> Weights:
     described = read_json(folder / "config.json")
     tensors = _tensors(folder, allow_pickle)
     own = companions.read(folder)
-    if described.get("model_type") == "equipoise":
-        if own is None:
-            raise ConfigError(f"{folder} has no config.yaml, which names its plan: export it again with tools.convert")
-        check_same(remote_config(own.config.model), described, folder)
-        stripped = {name.removeprefix(_OWN_PREFIX): tensor for name, tensor in tensors.items()}
-        return own.weights(checked(own.config.model, stripped, folder))
     model = model_config(described, folder)
     if own is not None:
-        architecture, reason = stock_architecture(own.config.model)
-        if reason:
-            raise ConfigError(f"{folder}: config.yaml and config.json are of different models: remove config.yaml")
-        check_same(stock_config(own.config.model, architecture), described, folder)
+        check_same(_described(own.config.model), _described(model), folder)
         model = own.config.model
-    named = (from_gpt2 if model.trunk == "gpt" else from_llama)(tensors, model, folder)
+    kind = kind_of(described, folder)
+    if kind == "equipoise":
+        named = {name.removeprefix(_OWN_PREFIX): tensor for name, tensor in tensors.items()}
+    else:
+        named = (from_gpt2 if kind == "gpt2" else from_llama)(tensors, model, folder)
     named = checked(model, named, folder)
     if own is not None:
         return own.weights(named)
     tokenizer = companions.read_tokenizer(folder)
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in described}
     tokenizer.setdefault("generation_config.json", json.dumps(ids).encode())
-    notes = (_NO_SENTENCEPIECE,) if FAST in tokenizer and SENTENCEPIECE not in tokenizer else ()
-    return Weights(run_config(model), named, tokenizer=tokenizer, notes=notes)
+    notes = [_NO_SENTENCEPIECE] if FAST in tokenizer and SENTENCEPIECE not in tokenizer else []
+    if token := put_before(tokenizer):
+        notes.append(
+            f"transformers puts {token} before every text for it, our tools do not: to evaluate it as it is, give "
+            f"tools.evaluate {folder}"
+        )
+    return Weights(run_config(model), named, tokenizer=tokenizer, notes=tuple(notes))
+
+
+def _described(config: ModelConfig) -> dict[str, Any]:
+    """config.json as we write it."""
+    architecture, _ = stock_architecture(config)
+    return stock_config(config, architecture) if architecture else remote_config(config)
 
 
 def _tensors(folder: Path, allow_pickle: bool) -> dict[str, LazyTensor]:
@@ -150,6 +166,9 @@ def write(weights: Weights, folder: Path, dtype: torch.dtype | None, shard_size:
     eos = end_of_document(weights.tokenizer)
     ids = {} if eos is None else {"bos_token_id": eos, "eos_token_id": eos}
     generation = _generation(files.pop("generation_config.json", b"{}")) or {**ids, "do_sample": False}
+    unused = without_piece(weights.tokenizer, weights.config.model.vocabulary)
+    if unused and "suppress_tokens" not in generation:
+        generation["suppress_tokens"] = unused  # or generate could draw them
     ids |= {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
     names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     kind = min(names, key=lambda name: getattr(torch, name).itemsize)
@@ -180,7 +199,7 @@ def layout(
     if architecture:
         described = stock_config(model, architecture)
         # One dtype for all, as every tool that reads these classes expects.
-        whole = {n: t if dtype is None else cast(t, dtype, n) for n, t in weights.model.items()}
+        whole = {n: t if dtype is None else cast(t, dtype, n) for n, t in with_gains(weights.model, model).items()}
         if architecture == "GPT2LMHeadModel":
             rates = dict.fromkeys(("resid_pdrop", "embd_pdrop"), model.dropout) | {"attn_pdrop": 0.0}
             return to_gpt2(whole, model), described | rates, {}, []

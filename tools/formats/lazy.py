@@ -73,6 +73,12 @@ def zeros(shape: Iterable[int], dtype: torch.dtype) -> LazyTensor:
     return LazyTensor(size, dtype, partial(torch.zeros, size, dtype=dtype))
 
 
+def ones(shape: Iterable[int], dtype: torch.dtype) -> LazyTensor:
+    """A tensor of ones that takes no memory before it is read."""
+    size = tuple(shape)
+    return LazyTensor(size, dtype, partial(torch.ones, size, dtype=dtype))
+
+
 def cast(tensor: LazyTensor, dtype: torch.dtype, name: str) -> LazyTensor:
     """``tensor`` in another dtype. ConfigError, when it is read, if a finite value would become infinite."""
     if tensor.dtype == dtype:

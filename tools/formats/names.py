@@ -7,12 +7,12 @@ holds matrices transposed (its Conv1D) and query, key and value as one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from models import ModelConfig
 from models.errors import ConfigError
-from tools.formats.lazy import LazyTensor, joined, split, transposed, zeros
+from tools.formats.lazy import LazyTensor, joined, ones, split, transposed, zeros
 from tools.formats.weights import complain_of, parameter_shapes
 
 _LLAMA_OUTER = {"embedding": "model.embed_tokens", "final": "model.norm", "head": "lm_head"}
@@ -71,15 +71,33 @@ def gguf_name(name: str) -> str:
     return _renamed(name, _GGUF_OUTER, _GGUF_BLOCK, "blk")
 
 
+def gpt2_name(name: str) -> str:
+    """Of what GPT-2 does not hold as one with something else."""
+    return _renamed(name, _GPT2_OUTER, _GPT2_BLOCK, "transformer.h")
+
+
+def with_gains(model: Mapping[str, LazyTensor], config: ModelConfig) -> dict[str, LazyTensor]:
+    """LLaMA and GPT-2 always have gains: where ours are absent, ones."""
+    absent = [name for name in _gains(config) if name not in model]
+    return {**model, **{name: ones((config.width,), model["embedding.weight"].dtype) for name in absent}}
+
+
+def _gains(config: ModelConfig) -> list[str]:
+    blocks = [f"blocks.{block}.{site}.weight" for block in range(config.depth) for site in ("attn_in", "mlp_in")]
+    return [*blocks, "final.weight"]
+
+
 def to_llama(model: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     return {llama_name(name): tensor for name, tensor in model.items()}
 
 
 def from_llama(tensors: Mapping[str, LazyTensor], config: ModelConfig, where: Path) -> dict[str, LazyTensor]:
-    """By our names; what has none keeps its own, for others to complain of."""
+    """By our names; what has none keeps its own, for others to complain of. Gains that ``config`` does not have may
+    only be one."""
     ours = {llama_name(name): name for name in parameter_shapes(config)}
     kept = {name: tensor for name, tensor in tensors.items() if not _BUFFERS.fullmatch(name)}
     _settle_head(kept, "model.embed_tokens.weight", config, where)
+    _settle_gains(kept, llama_name, config, where)
     return {ours.get(name, name): tensor for name, tensor in kept.items()}
 
 
@@ -97,13 +115,13 @@ def to_gpt2(model: Mapping[str, LazyTensor], config: ModelConfig) -> dict[str, L
             continue  # with the query's
         if name.endswith(".attention.q.weight"):
             stem = name.removesuffix("q.weight")
-            out = _renamed(f"{stem}out.weight", _GPT2_OUTER, _GPT2_BLOCK, "transformer.h")
+            out = gpt2_name(f"{stem}out.weight")
             theirs = out.replace("c_proj", "c_attn")
             biases = [bias(f"{stem}{part}.weight", config.width) for part in "qkv"]
             tensors[theirs] = transposed(joined([left[f"{stem}{part}.weight"] for part in "qkv"]))
             tensors[theirs.removesuffix("weight") + "bias"] = joined(biases)
             continue
-        theirs = _renamed(name, _GPT2_OUTER, _GPT2_BLOCK, "transformer.h")
+        theirs = gpt2_name(name)
         is_linear = ".attention." in name or ".feedforward." in name
         if is_linear or ".ln_" in theirs:
             tensors[theirs.removesuffix("weight") + "bias"] = bias(name, left[name].shape[0])
@@ -112,18 +130,20 @@ def to_gpt2(model: Mapping[str, LazyTensor], config: ModelConfig) -> dict[str, L
 
 
 def from_gpt2(tensors: Mapping[str, LazyTensor], config: ModelConfig, where: Path) -> dict[str, LazyTensor]:
-    """By our names; what has none keeps its own. Biases that ``config`` does not have may only be zero."""
+    """By our names; what has none keeps its own. Biases that ``config`` does not have may only be zero, and
+    gains one."""
     # OpenAI's files name GPT2Model's tensors, without the prefix that GPT2LMHeadModel's have.
     outer = ("transformer.", "lm_head.")
     theirs = {name if name.startswith(outer) else f"transformer.{name}": t for name, t in tensors.items()}
     theirs = {name: tensor for name, tensor in theirs.items() if not _BUFFERS.fullmatch(name)}
     _settle_head(theirs, "transformer.wte.weight", config, where)
+    _settle_gains(theirs, gpt2_name, config, where)
     model: dict[str, LazyTensor] = {}
     shapes = parameter_shapes(config)
     for name in shapes:
         if re.search(r"\.attention\.[qkv]\.", name):
             continue
-        found = theirs.pop(_renamed(name, _GPT2_OUTER, _GPT2_BLOCK, "transformer.h"), None)
+        found = theirs.pop(gpt2_name(name), None)
         if found is not None:
             is_linear = ".attention." in name or ".feedforward." in name
             model[name] = transposed(found) if is_linear else found
@@ -158,3 +178,14 @@ def _settle_head(tensors: dict[str, LazyTensor], embedding: str, config: ModelCo
             'write "tie_word_embeddings": false there if it is meant'
         )
     del tensors["lm_head.weight"]
+
+
+def _settle_gains(
+    tensors: dict[str, LazyTensor], theirs: Callable[[str], str], config: ModelConfig, where: Path
+) -> None:
+    """Removes the gains that ``config`` does not have; they have to be one."""
+    shapes = parameter_shapes(config)
+    absent = [theirs(name) for name in _gains(config) if name not in shapes]
+    found = {name: tensors.pop(name) for name in absent if name in tensors}
+    wrong = [name for name, tensor in found.items() if tensor.shape != (config.width,) or (tensor.read() != 1).any()]
+    complain_of(wrong, f"{where} was written without gains, but there is", "remove its config.yaml")

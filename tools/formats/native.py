@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.utils import _create_file_view
 
@@ -21,7 +21,7 @@ from models.errors import ConfigError
 from pretrain.agreement import Ranks
 from pretrain.checkpoint import Checkpointer, Committed, commit
 from pretrain.checkpoint.manifest import FileRecord, Manifest
-from pretrain.checkpoint.tensors import _Writer, read_metadata
+from pretrain.checkpoint.tensors import Writer, read_metadata
 from pretrain.checkpoint.verification import verified
 from pretrain.cli import dump
 from pretrain.files import write_synced
@@ -30,7 +30,7 @@ from tools.formats import optimizer
 from tools.formats.lazy import LazyTensor, cast
 from tools.formats.tokenizer import FAST, FILES, HUB_FILES, SENTENCEPIECE
 from tools.formats.weights import Weights, checked
-from tools.formats.writing import Advance
+from tools.formats.writing import Advance, read_ahead
 
 _EXTRAS = "extras.json"
 _NO_RANK = 0  # as world size: no rank saved it, so there is no rank's state to go on with
@@ -139,15 +139,16 @@ def write(weights: Weights, folder: Path, advance: Advance) -> list[str]:
     checkpoints = folder / "checkpoints"
     commit.begin(checkpoints, weights.step)
     partial = commit.partial_path(checkpoints, weights.step)
-    flat = {f"{part}.{name}": value for part, values in tensors.items() for name, value in values.items()}
+    sources = tensors | {"model": {name: _exact(tensor, name) for name, tensor in weights.model.items()}}
+    flat = {f"{part}.{name}": value for part, values in sources.items() for name, value in values.items()}
     outlines = {part: {name: _outline(value) for name, value in values.items()} for part, values in tensors.items()}
+    writer = Writer(partial)
     try:
-        save(outlines, storage_writer=_Writer(partial), planner=_Planner(flat, advance), no_dist=True)
+        save(outlines, storage_writer=writer, planner=_Planner(flat, advance), no_dist=True)
     except CheckpointException as failed:  # DCP wraps whatever is raised, KeyboardInterrupt too
         raise next(iter(failed.failures.values()))[0] from None
     write_synced(partial / _EXTRAS, json.dumps({"data": weights.data}).encode())
-    names = sorted(file.name for file in partial.iterdir())
-    files = {name: FileRecord.of(partial / name) for name in names}
+    files = writer.records | {_EXTRAS: FileRecord.of(partial / _EXTRAS)}
     commit.commit(checkpoints, Manifest(weights.step, _NO_RANK, files))
     write_synced(folder / "config.yaml", dump(config).encode())
     for name, content in weights.tokenizer.items():
@@ -171,21 +172,33 @@ def _outline(value: Any) -> Any:
     return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, LazyTensor) else value
 
 
+def _exact(tensor: LazyTensor, name: str) -> LazyTensor:
+    """As it is if fp32 holds its values exactly, so that `read_ahead` makes it fp32 as it reads; else cast to it."""
+    widens = torch.promote_types(tensor.dtype, torch.float32) == torch.float32
+    return tensor if widens else cast(tensor, torch.float32, name)
+
+
 class _Planner(DefaultSavePlanner):
-    """Has a tensor made when DCP comes to write it."""
+    """Has a tensor read while DCP writes the one before, in the dtype of its plan. ``values``: by DCP's flat names."""
 
     def __init__(self, values: Mapping[str, Any], advance: Advance) -> None:
         super().__init__()
         self._values, self._advance = values, advance
-        self._written: Tensor | None = None
+        self._coming: Iterator[tuple[MetadataIndex, Tensor]] = iter(())
+        self._given = 0  # bytes of the tensor that DCP writes now
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        dtypes = {item.index: item.tensor_data.properties.dtype for item in plan.items if item.tensor_data is not None}
+        tensors = [(self._values[index.fqn], dtype) for index, dtype in dtypes.items()]
+        self._coming = zip(dtypes, read_ahead(tensors), strict=True)
+        return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
-        if self._written is not None:
-            self._advance(self._written.nbytes)
-            self._written.untyped_storage().resize_(0)  # DCP keeps the tensors of a whole file to its end
-        self._written = self._values[write_item.index.fqn].read()
-        if not self._written.untyped_storage().resizable():
-            self._written = self._written.clone()
-        return self._written
+        self._advance(self._given)
+        index, values = next(self._coming)
+        assert index == write_item.index, "DCP writes in the plan's order"
+        self._given = values.nbytes
+        return values

@@ -17,22 +17,24 @@ from tools.formats.weights import on_meta, parameter_shapes
 
 def fresh(config: RunConfig) -> dict[str, Any]:
     """The state before the first step, under whatever names the optimizer gives it."""
-    # One element stands for each parameter: a step of gradient 0 at learning rate 0 makes its state and moves nothing.
-    stand_ins = {name: nn.Parameter(torch.zeros(1)) for name in parameter_shapes(config.model)}
+    # One element stands for each parameter, in as many dimensions (Muon's are matrices): a step of gradient 0 at
+    # learning rate 0 makes its state and moves nothing.
+    shapes = parameter_shapes(config.model)
+    stand_ins = {name: nn.Parameter(torch.zeros([1] * len(shape))) for name, shape in shapes.items()}
     optimizer = build_optimizer(stand_ins, parameter_roles(on_meta(config.model)), config.optimizer)
     peaks = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     for parameter in stand_ins.values():
-        parameter.grad = torch.zeros(1)
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak
     groups = {name: group for group in optimizer.param_groups for name in group["param_names"]}
     flat: dict[str, Any] = {}
-    for name, shape in parameter_shapes(config.model).items():
+    for name, shape in shapes.items():
         for key, value in optimizer.state[stand_ins[name]].items():
-            flat[f"state.{name}.{key}"] = zeros(() if key == "step" else shape, value.dtype)
+            flat[f"state.{name}.{key}"] = zeros(shape if value.dim() else (), value.dtype)  # a count, a scale: []
         flat |= {f"param_groups.{name}.{key}": value for key, value in groups[name].items() if key != "params"}
     return flat
 

@@ -128,6 +128,37 @@ def end_of_document(files: Mapping[str, bytes]) -> int | None:
     return eos if eos >= 0 else None
 
 
+def without_piece(files: Mapping[str, bytes], vocabulary: int) -> list[int]:
+    """The ids below ``vocabulary`` that no piece of the tokenizer has: there are some where the vocabulary is padded.
+    None if there is no tokenizer."""
+    if FAST in files:
+        known = set(_parsed(files[FAST]).get_vocab().values())
+    elif SENTENCEPIECE in files:
+        known = set(range(len(_proto(files[SENTENCEPIECE]).pieces)))
+    else:
+        return []
+    return sorted(set(range(vocabulary)) - known)
+
+
+def put_before(files: Mapping[str, bytes]) -> str:
+    """The token that transformers puts before every text with this tokenizer, "" for none."""
+    if FAST in files:
+        encoding = _parsed(files[FAST]).encode("a")
+        return encoding.tokens[0] if encoding.special_tokens_mask[:1] == [1] else ""
+    try:
+        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    except ValueError:
+        raise ConfigError("tokenizer_config.json is no JSON: get it again, or remove it") from None
+    return "its BOS" if isinstance(settings, dict) and settings.get("add_bos_token") is True else ""
+
+
+def _parsed(fast: bytes) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_buffer(fast)
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"{FAST} cannot be read ({error}): get it again, or remove it") from None
+
+
 def _proto(model: bytes) -> Any:
     proto: Any = vars(sentencepiece_model_pb2)["ModelProto"]()  # made at import, so type checkers do not see it
     try:

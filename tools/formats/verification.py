@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from torch import Tensor, nn
 
 from models import ConfigError, Transformer
-from pretrain.data import austen
 from tools.formats import huggingface, source
+from tools.formats.folding import fold
 from tools.formats.lazy import LazyTensor
-from tools.formats.tokenizer import FAST, SENTENCEPIECE, loaded
+from tools.formats.text import persuasion
 from tools.formats.weights import Weights, on_meta
 
 _TOKENS = 256
-# Of the largest logit, for sums of fp32 in two orders: 2^-24 a rounding, grown along some dozens of layers.
+# Of the largest logit, for sums of fp32 in two orders: 2^-24 a rounding, grown along some dozens of layers. Folding a
+# gain is of this kind: the product with the weight is rounded, where the one with the activation was.
 TOLERANCE = 1e-5
 
 
@@ -37,27 +37,53 @@ def transformer(config: Any, tensors: Mapping[str, LazyTensor]) -> Transformer:
 
 
 @torch.no_grad()
-def compare(weights: Weights, tensors: Mapping[str, LazyTensor], destination: Path) -> str:
+def compare(
+    weights: Weights, tensors: Mapping[str, LazyTensor], destination: Path, unfolded: Weights | None = None
+) -> str:
     """Reloads the source with ``tensors``, its weights in the dtype that was written, and then the destination, and
     compares their logits. One side at a time is in memory, in fp32. Returns a line; ConfigError if they differ.
 
     A folder that transformers loads by classes of its own is loaded by transformers, where that is installed.
+    ``unfolded``: the source, if ``weights`` are it with gains folded; then that is what is compared with. Where the
+    products were rounded, so that it would differ by more, the products in fp32 stand in for the destination.
     """
     tokens, what = _text(weights)
-    expected: Tensor = transformer(weights.config.model, tensors)(tokens)
-    gc.collect()
+    exact = weights if unfolded is None else fold(unfolded, torch.float32)[0]
+    original = weights if unfolded is None else unfolded
+    is_rounded = any(tensor.dtype.itemsize < exact.model[name].dtype.itemsize for name, tensor in tensors.items())
+    if is_rounded:
+        expected = _logits(weights.config.model, tensors, tokens)
+    else:
+        expected = _logits(original.config.model, original.model, tokens)
     model, by = _reload(weights, destination)
     found = model(tokens)
     found = found if isinstance(found, Tensor) else found.logits
+    del model
+    against = ", against the unfolded source" if unfolded is not None and not is_rounded else ""
+    line = _agreement(found, expected, f"logits of {what}, reloaded by {by}{against}", destination)
+    if is_rounded:
+        source_logits = _logits(original.config.model, original.model, tokens)
+        if unfolded is not None:
+            products = _logits(exact.config.model, exact.model, tokens)
+            line += "; " + _agreement(products, source_logits, "folded in fp32, against the source", destination)
+        rounding = (source_logits - expected).abs().max().item()
+        line += f"; rounding the weights moved them by up to {rounding:.2e}"
+    return line
+
+
+def _logits(config: Any, tensors: Mapping[str, LazyTensor], tokens: Tensor) -> Tensor:
+    """Of our model with these weights, of which nothing is in memory afterwards."""
+    logits: Tensor = transformer(config, tensors)(tokens)
+    gc.collect()
+    return logits
+
+
+def _agreement(found: Tensor, expected: Tensor, what: str, destination: Path) -> str:
     difference = (found - expected).abs().max().item()
     allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-    line = f"logits of {what}, reloaded by {by}: maximal absolute difference {difference:.2e}, allowed {allowed:.2e}"
+    line = f"{what}: maximal absolute difference {difference:.2e}, allowed {allowed:.2e}"
     if not difference <= allowed:
         raise ConfigError(f"{line}: the conversion is wrong, do not use {destination}")
-    if any(tensor.dtype.itemsize < weights.model[name].dtype.itemsize for name, tensor in tensors.items()):
-        exact: Tensor = transformer(weights.config.model, weights.model)(tokens)
-        rounding = (exact - expected).abs().max().item()
-        line += f"; rounding the weights moved them by up to {rounding:.2e}"
     return line
 
 
@@ -79,16 +105,9 @@ def _reload(weights: Weights, destination: Path) -> tuple[nn.Module, str]:
 
 
 def _text(weights: Weights) -> tuple[Tensor, str]:
-    config, files = weights.config.model, weights.tokenizer
+    config = weights.config.model
     count = min(config.context, _TOKENS)
-    novel = austen.novels()["Persuasion"][: 20 * count]
-    ids: list[int] = []
-    if FAST in files:
-        ids = tokenizers.Tokenizer.from_buffer(files[FAST]).encode(novel, add_special_tokens=False).ids
-    elif SENTENCEPIECE in files:
-        ids = loaded(files[SENTENCEPIECE]).encode(novel)
-    ids = [token for token in ids if token < config.vocabulary][:count]
-    if ids:
+    if ids := persuasion(weights, count):
         return torch.tensor([ids]), f"{len(ids)} tokens of Persuasion"
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(config.vocabulary, (1, count), generator=generator)

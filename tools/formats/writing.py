@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
 
 from models.errors import ConfigError
 from pretrain.files import locked, sync_folder, write_synced
-from tools.formats.lazy import LazyTensor, memory_of
+from tools.formats.lazy import LazyTensor, StoredTensor, memory_of
 
 Advance = Callable[[int], None]  # takes the bytes that were written since the last call
 
+_PORTION = (
+    1 << 20
+)  # values to read, bytes to write: they stay in the cache, and larger writes take Linux twice the time
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -76,6 +84,45 @@ def parse_size(text: str) -> int:
     return size
 
 
+def read_ahead(tensors: Iterable[tuple[LazyTensor, torch.dtype]]) -> Iterator[Tensor]:
+    """The tensors in order, each in a dtype that holds its values exactly, and valid until the next is asked for.
+
+    A thread reads the next one meanwhile, into the memory of the one before.
+    """
+    with ThreadPoolExecutor(1, "reader") as reader:
+        before: Future[Tensor] | None = None
+        for (tensor, dtype), memory in zip(tensors, cycle((_Memory(), _Memory())), strict=False):
+            coming = reader.submit(memory.fill, tensor, dtype)
+            if before is not None:
+                yield before.result()
+            before = coming
+        if before is not None:
+            yield before.result()
+
+
+class _Memory:
+    """Holds one tensor after the other: new pages for each would take as long again as reading it."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def fill(self, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
+        assert torch.promote_types(tensor.dtype, dtype) == dtype, "what rounds is for lazy.cast"
+        count = math.prod(tensor.shape)
+        if len(self._bytes) < count * dtype.itemsize:
+            self._bytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        flat = torch.empty(0, dtype=dtype)
+        if count:
+            flat = torch.frombuffer(memory_of(self._bytes), dtype=dtype, count=count)
+        if isinstance(tensor, StoredTensor):
+            for begin in range(0, count, _PORTION):
+                portion = flat[begin : begin + _PORTION]
+                portion.copy_(tensor.part(begin, len(portion)))
+        else:
+            flat.copy_(tensor.read().view(-1))
+        return flat.view(tensor.shape)
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, LazyTensor], advance: Advance, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -93,15 +140,15 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            write_all(file.fileno(), memory_of(tensors[name].read()), advance)
+        for values in read_ahead((tensors[name], tensors[name].dtype) for name in order):
+            write_all(file.fileno(), memory_of(values), advance)
         os.fsync(file.fileno())
 
 
 def write_all(descriptor: int, content: memoryview, advance: Advance) -> None:
     """All of ``content`` at the descriptor's place, in portions that keep a progress bar moving."""
     while content.nbytes:
-        count = os.write(descriptor, content[: 1 << 26])
+        count = os.write(descriptor, content[:_PORTION])
         advance(count)
         content = content[count:]
 
