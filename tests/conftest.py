@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.runs import prepare_corpus
 
 torch.set_num_threads(1)  # the tests' processes share two cores
+settings.register_profile("equipoise", deadline=None)  # and may wait for one
+settings.load_profile("equipoise")
 
 
 @pytest.fixture(scope="session")

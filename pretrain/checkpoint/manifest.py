@@ -12,12 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from models.errors import ConfigError
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 MANIFEST = "manifest.json"
 
@@ -61,8 +58,8 @@ class RecordedFile(io.BufferedWriter):
     def record(self) -> FileRecord:
         return FileRecord(self._size, self._sha256.hexdigest())
 
-    def write(self, content: ReadableBuffer) -> int:
-        """Hashes and writes at the same time: neither holds the interpreter's lock."""
+    def write(self, content: Any) -> int:
+        """Hashes and writes a buffer's bytes at the same time: neither holds the interpreter's lock."""
         view = memoryview(content).cast("B")
         self._size += view.nbytes
         if view.nbytes < self._PORTION:

@@ -31,7 +31,7 @@ def test_a_later_token_never_changes_an_earlier_logit(plan: str, trunk: str) -> 
         assert not torch.allclose(after[:, position:], before[:, position:], **CLOSE)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(cuts=st.sets(st.integers(1, 15), max_size=4))
 @torch.no_grad()
 def test_document_mask_equals_documents_alone(cuts: set[int]) -> None:

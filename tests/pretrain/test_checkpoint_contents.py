@@ -196,7 +196,7 @@ def test_retention(steps: set[int], keep: int, every: int | None) -> None:
     assert all(step in newest or (every and step % every == 0) for step in left), "something stays for no reason"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     gaps=st.lists(st.integers(1, 7), min_size=1, max_size=8),
     keep=st.integers(1, 3),

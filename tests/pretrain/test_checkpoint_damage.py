@@ -87,7 +87,7 @@ def test_damage_is_reported_and_the_one_before_is_used(
     assert re.search(problem, line)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_flipped_bit_goes_unseen(two: Path, data: st.DataObject) -> None:
     path = newest(two) / data.draw(st.sampled_from(NAMES))

@@ -59,7 +59,7 @@ def test_permutation_of_more_than_memory_holds() -> None:
     assert values.max() < 10**15
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5).filter(lambda s: sum(s) > 9),
     length=st.integers(1, 8),
@@ -93,7 +93,7 @@ def test_epochs_differ_in_cut_and_order(tmp_path: Path) -> None:
     assert not np.array_equal(other, epochs[0])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 500), max_size=20), st.randoms(use_true_random=False))
 def test_a_sample_depends_on_its_index_alone(
     tmp_path_factory: pytest.TempPathFactory, indices: list[int], random: object

@@ -82,7 +82,7 @@ def read_with(
 
 
 # 5 does not divide the lanes (ranks share them), 24 is more ranks than lanes
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(worlds=st.lists(st.sampled_from([1, 2, 3, 4, 5, 24]), min_size=2, max_size=3), steps=st.integers(1, 5))
 def test_any_world_size_and_any_restart_read_the_same(
     folder: Path, reference: np.ndarray, worlds: list[int], steps: int

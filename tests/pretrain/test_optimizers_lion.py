@@ -49,7 +49,7 @@ def reference(p: float, gs: list[float], lrs: list[float], beta1: float, beta2: 
     return p
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     beta1=st.floats(0.0, 0.99),
     beta2=st.floats(0.0, 0.99),

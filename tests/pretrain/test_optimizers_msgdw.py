@@ -61,7 +61,7 @@ def reference(
     return p
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     mu=st.floats(0.0, 0.99),
     wd=st.floats(0.0, 1.0),

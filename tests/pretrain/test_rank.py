@@ -107,7 +107,7 @@ def test_first_host_as_slurm_reads_it(tmp_path: Path) -> None:
     (tmp_path / "slurm.conf").write_text("ClusterName=none\nSlurmctldHost=localhost\n")
     read = 0
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(hosts)
     def check(nodes: str) -> None:
         nonlocal read

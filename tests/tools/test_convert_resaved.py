@@ -167,7 +167,7 @@ ENTRIES = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     plan=st.sampled_from(sorted(PLANS)),
     sites=st.dictionaries(st.sampled_from(SITES), ENTRIES | st.just("none")),

@@ -52,7 +52,7 @@ def shapes(draw: st.DrawFn) -> ModelConfig:
 
 
 @pytest.mark.parametrize("there", ["torch", "safetensors", "hf", "native"])
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(model=shapes(), shard=st.sampled_from(["1KB", "10KB", "5GB"]))
 def test_weights_come_back(there: str, model: ModelConfig, shard: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -179,7 +179,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(config=models())
 def test_any_model_keeps_its_function(config: ModelConfig) -> None:
     def stays(name: str) -> bool:

@@ -174,7 +174,7 @@ def test_characters_are_written_whole_as_their_last_byte_comes(trained: Path, mo
     assert terminal.getvalue() == tokenizer.decode(cut) + "\n"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_what_is_streamed_is_the_text(trained: Path, data: st.DataObject) -> None:
     """Of any tokens, bytes that make no character among them."""

@@ -55,7 +55,7 @@ def naive(training: Sequence[int], vocabulary: int, order: int, context: tuple[i
 ORDER = 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(streams)
 def test_every_probability_is_the_formula_s(stream: tuple[int, list[int], list[int]]) -> None:
     vocabulary, training, text = stream
@@ -68,7 +68,7 @@ def test_every_probability_is_the_formula_s(stream: tuple[int, list[int], list[i
         assert found[i] == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(streams, st.integers(1, 4))
 def test_probabilities_sum_to_one_after_any_context(stream: tuple[int, list[int], list[int]], order: int) -> None:
     vocabulary, training, context = stream

@@ -79,7 +79,7 @@ def test_two_phases(tmp_path: Path) -> None:
     assert final[0] in found.tuning(), "the same run, which need not be run again"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=4), st.lists(st.integers(0, 99), min_size=1, max_size=3))
 def test_no_two_cells_share_a_folder(rates: list[float], seeds: list[int]) -> None:
     """Names carry six digits: values that differ in the seventh, like a value given twice, are refused."""
