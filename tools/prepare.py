@@ -17,40 +17,36 @@ import os
 import sys
 from pathlib import Path
 
-from models.errors import ConfigError
 from pretrain.data.preparation import Settings, prepare
 from tools import corpora
+from tools.command import run
 
 PUBLIC_DOMAIN = "public-domain"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    settings = Settings(
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        text_key=options.text_key,
+        subset=options.subset,
+        split=options.split,
+        validation_fraction=options.validation_fraction,
+        shard_tokens=options.shard_tokens,
+        seed=options.seed,
+    )
+    output = options.output or Path("data") / Path(options.sources[0]).stem
     try:
-        settings = Settings(
-            tokenizer=options.tokenizer,
-            vocab_size=options.vocab_size,
-            text_key=options.text_key,
-            subset=options.subset,
-            split=options.split,
-            validation_fraction=options.validation_fraction,
-            shard_tokens=options.shard_tokens,
-            seed=options.seed,
-        )
-        output = options.output or Path("data") / Path(options.sources[0]).stem
         sources = [_local(source, output) for source in options.sources]
         manifest, fresh = prepare(sources, output, settings, workers=options.workers, overwrite=options.overwrite)
-    except (ConfigError, OSError) as error:  # a full disk is the user's to mend, too; what was done is kept
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
-        return 75
+        sys.exit(75)
     print(f"{output} is {'ready' if fresh else 'already prepared from this, nothing to do'}")
     for name, split in manifest.splits.items():
         ratio = split.bytes / split.tokens
         print(f"  {name:<10} {split.documents:>9,} documents {split.tokens:>13,} tokens, {ratio:.2f} bytes a token")
-    return 0
 
 
 def _local(source: str, output: Path) -> str:
@@ -88,4 +84,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

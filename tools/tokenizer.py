@@ -10,26 +10,21 @@ trained here can be given to tools.prepare and has not seen them. It is sentence
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from models.errors import ConfigError
 from pretrain.data.preparation import Settings, tokenizer_for
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.files import write_atomically
+from tools.command import run
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    try:
-        if options.command == "train":
-            _train(options)
-        else:
-            _show(options.file, options.text)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if options.command == "train":
+        _train(options)
+    else:
+        _show(options.file, options.text)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -85,4 +80,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -163,13 +163,12 @@ class Checkpointer:
             state = io.BytesIO()  # a stream of Python's keeps the OSError that torch's own file writer would hide
             torch.save(rank_state, state)
             write_synced(folder / _rank_file(rank), state.getvalue())
-            names = [_rank_file(rank), *(shard.name for shard in folder.glob(f"__{rank}_*"))]
-            return {name: FileRecord.of(folder / name) for name in names}
+            return written | {_rank_file(rank): FileRecord.of(folder / _rank_file(rank))}
 
         def commit_all() -> None:
             whole = extras | {"data": _united(data_of_ranks)}
             write_synced(folder / _EXTRAS, json.dumps(whole).encode())
-            files = {name: FileRecord.of(folder / name) for name in (".metadata", _EXTRAS)}
+            files = {_EXTRAS: FileRecord.of(folder / _EXTRAS)}
             for name, record in (entry for own in files_of_ranks for entry in own.items()):
                 if not (folder / name).exists() or (folder / name).stat().st_size != record.bytes:
                     raise ConfigError(
@@ -182,7 +181,7 @@ class Checkpointer:
             commit.commit(self.folder, Manifest(step, self.ranks.size, files))
 
         self.ranks.first(lambda: commit.begin(self.folder, step))
-        self.ranks.together(lambda: save_tensors(folder, tensors, self.ranks.group))
+        written = self.ranks.each(lambda: save_tensors(folder, tensors, self.ranks.group))
         files_of_ranks = self.ranks.together(own_files)
         data_of_ranks = self.ranks.together(lambda: extras.get("data", {}))
         self.ranks.first(commit_all)

@@ -46,7 +46,7 @@ class RecordedFile(io.BufferedWriter):
     What is recorded are the bytes that it was given: if the disk keeps others, the checkpoint is found damaged.
     """
 
-    _PORTION = 1 << 20  # bytes. Fewer are hashed sooner than handed to a thread; Linux takes more in twice the time.
+    _PORTION = 1 << 20  # bytes: fewer are hashed sooner than handed over, and Linux takes far more in twice the time
 
     def __init__(self, path: Path) -> None:
         self._sha256 = hashlib.sha256()

@@ -122,6 +122,9 @@ class _RecordingFileSystem(FileSystem):
         assert mode == "wb", "only a writer has it"
         with RecordedFile(Path(path)) as file:
             yield file
+            if not file.closed:  # DCP has synced its map before all of it left the buffer
+                file.flush()
+                os.fsync(file.fileno())
         self.records[Path(path).name] = file.record
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

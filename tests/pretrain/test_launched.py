@@ -216,9 +216,9 @@ def test_a_mistake_is_answered_without_torch(corpus: Path, tmp_path: Path) -> No
 
 def test_what_models_offers_is_there_at_its_first_use() -> None:
     import models
-    from models import config, errors, plan, roles, transformer
+    from models import config, errors, failures, plan, roles, transformer
 
-    homes = {name: home for home in (config, errors, plan, roles, transformer) for name in vars(home)}
+    homes = {name: home for home in (config, errors, failures, plan, roles, transformer) for name in vars(home)}
     for name in models.__all__:
         assert getattr(models, name) is getattr(homes[name], name)
     with pytest.raises(AttributeError, match="'models' has no attribute 'Transfomer'"):

@@ -58,7 +58,7 @@ def faulty(arguments: list[str]) -> int:
     here = os.environ["RANK"]
     (Path(folder) / f"process-{here}").write_text(str(os.getpid()))
     if here == rank:
-        place, name = (pretrain.trainer.Trainer, "_resume") if step == "0" else (pretrain.trainer, "train_step")
+        place, name = (pretrain.trainer.Trainer, "_resumed") if step == "0" else (pretrain.trainer, "train_step")
         original: Callable[..., Any] = getattr(place, name)
 
         def patched(*given: Any, **named: Any) -> Any:

@@ -138,7 +138,7 @@ def _copy(source: Path, destination: Path) -> float:
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as original, copy.open("wb") as file:
-            shutil.copyfileobj(original, file, 1 << 24)
+            shutil.copyfileobj(original, file, 1 << 20)
             file.flush()
             os.fsync(file.fileno())
     seconds = time.monotonic() - started

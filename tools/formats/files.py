@@ -97,7 +97,7 @@ def read_pickle(path: Path, allow_pickle: bool) -> Any:
 
 def _lazily(value: Any, path: Path) -> Any:
     if isinstance(value, Tensor):
-        return _in_archive(value, path)
+        return in_archive(value, path)
     if isinstance(value, Mapping):
         return {key: _lazily(inner, path) for key, inner in value.items()}
     if type(value) in (list, tuple):
@@ -105,7 +105,8 @@ def _lazily(value: Any, path: Path) -> Any:
     return value
 
 
-def _in_archive(fake: Tensor, path: Path) -> LazyTensor:
+def in_archive(fake: Tensor, path: Path, start: int = 0) -> LazyTensor:
+    """The tensor that torch.load made under FakeTensorMode of what torch.save wrote from byte ``start`` of ``path``."""
     offset = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
     if offset is None:
         raise ConfigError(f"{path} is in torch's format of before 2020: load it and save it again with torch.save")
@@ -114,6 +115,7 @@ def _in_archive(fake: Tensor, path: Path) -> LazyTensor:
         return LazyTensor(shape, kind, lambda: torch.empty(shape, dtype=kind))
     # A view, e.g. a transposed matrix, is laid out again when it is read.
     first, strides = fake.storage_offset(), fake.stride()
+    offset += start
     if fake.is_contiguous():
         return in_file(path, offset + first * fake.dtype.itemsize, fake.shape, fake.dtype)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, strides, strict=True))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
@@ -27,6 +29,7 @@ from pretrain.cli import dump
 from pretrain.files import write_synced
 from pretrain.run import RunFolder
 from tools.formats import optimizer
+from tools.formats.files import in_archive
 from tools.formats.lazy import LazyTensor, cast
 from tools.formats.tokenizer import FAST, FILES, HUB_FILES, SENTENCEPIECE
 from tools.formats.weights import Weights, checked
@@ -43,7 +46,7 @@ def read(path: Path, with_optimizer: bool) -> Weights:
     config = folder.read_config()
     if config.model.vocab_size is None:
         raise ConfigError(f"{folder.config}: model.vocab_size is null: write how many rows the embedding has")
-    parts = _parts(committed, read_metadata(committed.path))
+    parts = _parts(committed, read_metadata(committed.path), with_optimizer)
     state: dict[str, Any] | None = None
     if with_optimizer:
         found = parts["optimizer"]
@@ -75,15 +78,18 @@ def _tokenizer(folder: RunFolder) -> dict[str, bytes]:
     return {place.name: place.read_bytes() for place in places if place.is_file()}
 
 
-def _parts(committed: Committed, metadata: Metadata) -> dict[str, dict[str, Any]]:
-    """ "model" and "optimizer" -> name -> LazyTensor, or what reads a plain value."""
+def _parts(committed: Committed, metadata: Metadata, with_optimizer: bool) -> dict[str, dict[str, Any]]:
+    """ "model" and "optimizer" -> name -> LazyTensor, or what reads a plain value; without optimizer, that is empty."""
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
     for flat, entry in metadata.state_dict_metadata.items():
         part, *rest = metadata.planner_data[flat]
         if part not in parts or len(rest) != 1:
             raise ConfigError(f"{committed.path} holds {flat}, which no run here writes: do not trust its source")
+        if part == "optimizer" and not with_optimizer:
+            continue
         if isinstance(entry, BytesStorageMetadata):
-            parts[part][rest[0]] = lambda flat=flat: _stored(committed, metadata, MetadataIndex(flat))
+            place = _place(committed, metadata, MetadataIndex(flat))
+            parts[part][rest[0]] = partial(_load, *place)
         else:
             parts[part][rest[0]] = _lazy(committed, metadata, flat, entry)
     return parts
@@ -91,29 +97,35 @@ def _parts(committed: Committed, metadata: Metadata) -> dict[str, dict[str, Any]
 
 def _lazy(committed: Committed, metadata: Metadata, flat: str, entry: TensorStorageMetadata) -> LazyTensor:
     shape, dtype = tuple(entry.size), entry.properties.dtype
+    pieces = [(chunk, MetadataIndex(flat, chunk.offsets)) for chunk in entry.chunks]
+    if len(pieces) == 1:
+        place = _place(committed, metadata, pieces[0][1])
+        with FakeTensorMode():  # where its values are, in place of them
+            fake = _load(*place)
+        assert (tuple(fake.shape), fake.dtype) == (shape, dtype), flat
+        return in_archive(fake, *place[:2])
 
-    def read() -> Tensor:
-        pieces = [(chunk, MetadataIndex(flat, chunk.offsets)) for chunk in entry.chunks]
-        if len(pieces) == 1:
-            whole = _stored(committed, metadata, pieces[0][1])
-        else:  # the chunks of several ranks
-            whole = torch.empty(shape, dtype=dtype)
-            for chunk, index in pieces:
-                place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-                whole[place] = _stored(committed, metadata, index)
-        assert (tuple(whole.shape), whole.dtype) == (shape, dtype), flat
-        return whole.contiguous()
+    def read() -> Tensor:  # the chunks of several ranks
+        whole = torch.empty(shape, dtype=dtype)
+        for chunk, index in pieces:
+            section = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[section] = _load(*_place(committed, metadata, index))
+        return whole
 
     return LazyTensor(shape, dtype, read)
 
 
-def _stored(committed: Committed, metadata: Metadata, index: MetadataIndex) -> Any:
-    """What torch.save wrote at one place of one of the checkpoint's files."""
+def _place(committed: Committed, metadata: Metadata, index: MetadataIndex) -> tuple[Path, int, int]:
+    """A file of the checkpoint, and in it the first byte and length of what torch.save wrote."""
     place = metadata.storage_data[index]
     if place.relative_path not in committed.manifest.files:
         raise ConfigError(f"{committed.path} refers to {place.relative_path}, which is none of its files")
-    with (committed.path / place.relative_path).open("rb") as file:
-        view: Any = _create_file_view(file, place.offset, place.length)
+    return committed.path / place.relative_path, place.offset, place.length
+
+
+def _load(path: Path, offset: int, length: int) -> Any:
+    with path.open("rb") as file:
+        view: Any = _create_file_view(file, offset, length)
         return torch.load(view, weights_only=True, map_location="cpu")
 
 
@@ -138,17 +150,17 @@ def write(weights: Weights, folder: Path, advance: Advance) -> list[str]:
         notes.append("it can be evaluated and converted; to train it, convert with --data.path PREPARED_FOLDER")
     checkpoints = folder / "checkpoints"
     commit.begin(checkpoints, weights.step)
-    partial = commit.partial_path(checkpoints, weights.step)
+    place = commit.partial_path(checkpoints, weights.step)
     sources = tensors | {"model": {name: _exact(tensor, name) for name, tensor in weights.model.items()}}
     flat = {f"{part}.{name}": value for part, values in sources.items() for name, value in values.items()}
     outlines = {part: {name: _outline(value) for name, value in values.items()} for part, values in tensors.items()}
-    writer = Writer(partial)
+    writer = Writer(place)
     try:
         save(outlines, storage_writer=writer, planner=_Planner(flat, advance), no_dist=True)
     except CheckpointException as failed:  # DCP wraps whatever is raised, KeyboardInterrupt too
         raise next(iter(failed.failures.values()))[0] from None
-    write_synced(partial / _EXTRAS, json.dumps({"data": weights.data}).encode())
-    files = writer.records | {_EXTRAS: FileRecord.of(partial / _EXTRAS)}
+    write_synced(place / _EXTRAS, json.dumps({"data": weights.data}).encode())
+    files = writer.records | {_EXTRAS: FileRecord.of(place / _EXTRAS)}
     commit.commit(checkpoints, Manifest(weights.step, _NO_RANK, files))
     write_synced(folder / "config.yaml", dump(config).encode())
     for name, content in weights.tokenizer.items():

@@ -24,9 +24,7 @@ from tools.formats.lazy import LazyTensor, StoredTensor, memory_of
 
 Advance = Callable[[int], None]  # takes the bytes that were written since the last call
 
-_PORTION = (
-    1 << 20
-)  # values to read, bytes to write: they stay in the cache, and larger writes take Linux twice the time
+_PORTION = 1 << 20  # values read or bytes written at once; Linux takes far larger ones in twice the time
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
