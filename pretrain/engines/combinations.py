@@ -33,18 +33,19 @@ def _impossible(config: RunConfig, world: World) -> Iterator[str]:
             "--parallel.engine deepspeed, or --parallel.cpu_offload false"
         )
     name, guarded = config.optimizer.name, train.skip_norm_sigma is not None
-    if deepspeed and parallel.zero_stage > 0 and name in ("muon", "sgd-sai"):
+    partitioned = deepspeed and parallel.zero_stage > 0
+    if partitioned and name in ("muon", "sgd-sai"):
         needs = "whole matrices" if name == "muon" else "each tensor's own first gradient"
         yield (
             f"optimizer.name {name} with parallel.zero_stage {parallel.zero_stage}: it needs {needs}, and ZeRO hands "
             "an optimizer flat pieces of many tensors; write --parallel.engine fsdp, or --parallel.zero_stage 0"
         )
-    if deepspeed and parallel.zero_stage > 0 and config.optimizer.alpha.clip is not None:
+    if partitioned and config.optimizer.alpha.clip is not None:
         yield (
             f"optimizer.alpha.clip with parallel.zero_stage {parallel.zero_stage}: DeepSpeed clips inside its step; "
             "write --parallel.engine fsdp, or --parallel.zero_stage 0"
         )
-    if deepspeed and parallel.zero_stage > 0 and guarded:
+    if partitioned and guarded:
         yield (
             f"train.skip_norm_sigma with parallel.zero_stage {parallel.zero_stage}: DeepSpeed finds the norm inside "
             "its step; write --parallel.engine fsdp, or --parallel.zero_stage 0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,8 +70,12 @@ class ModelEngine:
             alphas.keep_within(self._alphas(), bounds)
 
     def _alpha_parameters(self) -> dict[str, nn.Parameter]:
-        roles = parameter_roles(self.model)
-        return {name: p for name, p in self.model.named_parameters() if roles[name] == "alpha"}
+        return {name: p for name, p in self.model.named_parameters() if name in self._alpha_names}
+
+    @cached_property
+    def _alpha_names(self) -> frozenset[str]:
+        """Found once: steps ask for them."""
+        return frozenset(name for name, role in parameter_roles(self.model).items() if role == "alpha")
 
     def _alphas(self) -> list[Tensor]:
         """Every tensor of this rank that holds alphas, or parts of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -16,34 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.optimizers import CompactAdamW, slices
 from pretrain.optimizers.storage import Rounding
+from tests.pretrain import stepping
 
 SHAPES = [(16, 4), (1,), (96,), (0, 5)]
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def parameters(seed: int = 0) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-
-
-def gradients(step: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1000 + step)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+parameters = partial(stepping.parameters, SHAPES)
+gradients = partial(stepping.gradients, SHAPES)
+train = partial(stepping.train, gradients=gradients, lr=lambda step: 0.03 / (1 + step))
 
 
 def give(held: list[nn.Parameter], values: list[Tensor]) -> None:
     for parameter, gradient in zip(held, values, strict=True):
         parameter.grad = gradient
-
-
-def train(optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Steps under gradients and learning rates that depend on the step alone."""
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for step in steps:
-        give(held, gradients(step))
-        for group in optimizer.param_groups:
-            group["lr"] = 0.03 / (1 + step)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("chunk", [32, 2**18])

@@ -6,37 +6,26 @@ import importlib
 import importlib.util
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from models.errors import ConfigError
 from pretrain.optimizers import Lion, slices
+from tests.pretrain import stepping
 
 SHAPES = [(3, 2), (1,), (4,), (0, 5)]
 
 
-def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES]
-
-
-def gradients(step: int, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1000 + step)
-    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
+parameters = partial(stepping.parameters, SHAPES)
+gradients = partial(stepping.gradients, SHAPES)
 
 
 def train(optimizer: torch.optim.Optimizer, lrs: list[float]) -> None:
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for step, lr in enumerate(lrs):
-        for parameter, gradient in zip(held, gradients(step, held[0].dtype), strict=True):
-            parameter.grad = gradient
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    stepping.train(optimizer, range(len(lrs)), gradients, lrs.__getitem__)
 
 
 def reference(p: float, gs: list[float], lrs: list[float], beta1: float, beta2: float, wd: float) -> float:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -22,29 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import ConfigError
 from pretrain.optimizers import MSGDW, slices
+from tests.pretrain import stepping
 
 SHAPES = [(3, 2), (1,), (4,), (0, 5)]
 
 
-def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES]
-
-
-def gradients(step: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1000 + step)
-    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
-
-
-def train(optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Steps under gradients and learning rates that depend on the step alone."""
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for step in steps:
-        for parameter, gradient in zip(held, gradients(step, held[0].dtype), strict=True):
-            parameter.grad = gradient
-        for group in optimizer.param_groups:
-            group["lr"] = 0.3 / (1 + step)
-        optimizer.step()
+parameters = partial(stepping.parameters, SHAPES)
+gradients = partial(stepping.gradients, SHAPES)
+train = partial(stepping.train, gradients=gradients, lr=lambda step: 0.3 / (1 + step))
 
 
 def reference(

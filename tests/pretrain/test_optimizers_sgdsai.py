@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from math import sqrt
 
 import pytest
@@ -12,30 +13,21 @@ from torch import Tensor, nn
 from models.errors import ConfigError
 from pretrain.optimizers import SGDSaI, slices
 from pretrain.optimizers.sgdsai import signal_to_noise
+from tests.pretrain import stepping
 
 SHAPES = [(30, 20), (7,), (4, 4), (0, 5)]
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES]
+    return stepping.parameters(SHAPES, dtype)
 
 
 def gradients(step: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Of tensors whose means and scales differ."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    drawn = [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
-    return [(g + i) * 10.0**-i for i, g in enumerate(drawn)]
+    return [(g + i) * 10.0**-i for i, g in enumerate(stepping.gradients(SHAPES, step, dtype))]
 
 
-def train(optimizer: torch.optim.Optimizer, steps: range) -> None:
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for step in steps:
-        for parameter, gradient in zip(held, gradients(step, held[0].dtype), strict=True):
-            parameter.grad = gradient
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01 / (1 + step)
-        optimizer.step()
+train = partial(stepping.train, gradients=gradients, lr=lambda step: 0.01 / (1 + step))
 
 
 @pytest.mark.parametrize("chunk", [5, 2**24])

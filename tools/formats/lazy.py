@@ -67,16 +67,10 @@ def memory_of(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def zeros(shape: Iterable[int], dtype: torch.dtype) -> LazyTensor:
-    """A tensor of zeros that takes no memory before it is read."""
+def filled(value: float, shape: Iterable[int], dtype: torch.dtype) -> LazyTensor:
+    """A tensor of one number everywhere, that takes no memory before it is read."""
     size = tuple(shape)
-    return LazyTensor(size, dtype, partial(torch.zeros, size, dtype=dtype))
-
-
-def ones(shape: Iterable[int], dtype: torch.dtype) -> LazyTensor:
-    """A tensor of ones that takes no memory before it is read."""
-    size = tuple(shape)
-    return LazyTensor(size, dtype, partial(torch.ones, size, dtype=dtype))
+    return LazyTensor(size, dtype, partial(torch.full, size, value, dtype=dtype))
 
 
 def cast(tensor: LazyTensor, dtype: torch.dtype, name: str) -> LazyTensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from models import ModelConfig
 from models.errors import ConfigError
-from tools.formats.lazy import LazyTensor, joined, ones, split, transposed, zeros
+from tools.formats.lazy import LazyTensor, filled, joined, split, transposed
 from tools.formats.weights import complain_of, parameter_shapes
 
 _LLAMA_OUTER = {"embedding": "model.embed_tokens", "final": "model.norm", "head": "lm_head"}
@@ -79,7 +79,7 @@ def gpt2_name(name: str) -> str:
 def with_gains(model: Mapping[str, LazyTensor], config: ModelConfig) -> dict[str, LazyTensor]:
     """LLaMA and GPT-2 always have gains: where ours are absent, ones."""
     absent = [name for name in _gains(config) if name not in model]
-    return {**model, **{name: ones((config.width,), model["embedding.weight"].dtype) for name in absent}}
+    return {**model, **{name: filled(1.0, (config.width,), model["embedding.weight"].dtype) for name in absent}}
 
 
 def _gains(config: ModelConfig) -> list[str]:
@@ -107,7 +107,7 @@ def to_gpt2(model: Mapping[str, LazyTensor], config: ModelConfig) -> dict[str, L
 
     def bias(weight: str, size: int) -> LazyTensor:
         found = left.pop(weight.removesuffix("weight") + "bias", None)
-        return zeros((size,), left[weight].dtype) if found is None else found
+        return filled(0.0, (size,), left[weight].dtype) if found is None else found
 
     tensors: dict[str, LazyTensor] = {}
     for name in [name for name in model if name.endswith(".weight")]:

@@ -11,7 +11,7 @@ from models import parameter_roles
 from models.errors import ConfigError
 from pretrain.config import RunConfig
 from pretrain.optimizers import build_optimizer
-from tools.formats.lazy import LazyTensor, zeros
+from tools.formats.lazy import LazyTensor, filled
 from tools.formats.weights import on_meta, parameter_shapes
 
 
@@ -34,7 +34,7 @@ def fresh(config: RunConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, shape in shapes.items():
         for key, value in optimizer.state[stand_ins[name]].items():
-            flat[f"state.{name}.{key}"] = zeros(shape if value.dim() else (), value.dtype)  # a count, a scale: []
+            flat[f"state.{name}.{key}"] = filled(0.0, shape if value.dim() else (), value.dtype)  # a count, a scale: []
         flat |= {f"param_groups.{name}.{key}": value for key, value in groups[name].items() if key != "params"}
     return flat
 

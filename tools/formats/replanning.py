@@ -28,7 +28,7 @@ from models.plan import BLOCK_SITES, resolve_plan
 from pretrain.batch import Batch
 from pretrain.cli import build, merge
 from pretrain.config import RunConfig
-from tools.formats.lazy import LazyTensor
+from tools.formats.lazy import LazyTensor, filled
 from tools.formats.text import real_text, targets
 from tools.formats.verification import transformer
 from tools.formats.weights import Weights, complain_of, on_meta, parameter_shapes
@@ -56,7 +56,7 @@ def replanned(weights: Weights, plan: str, alpha: str | None, changes: Mapping[s
         if name in weights.model and roles[name] != "alpha":
             tensors[name] = weights.model[name]
         elif name == _SCALE:
-            tensors[name] = LazyTensor(shape, torch.float32, partial(torch.ones, shape))
+            tensors[name] = filled(1.0, shape, torch.float32)
         else:
             start = partial(first_rows, name, roles[name], torch.Size(shape), range(shape[0]), new, seed)
             tensors[name] = LazyTensor(shape, torch.float32, start)
@@ -71,7 +71,7 @@ def replanned(weights: Weights, plan: str, alpha: str | None, changes: Mapping[s
             batch = text.calibration
             found = measure_alpha(model, lambda: _nats(model, batch, chunk), new.alpha.target)
             for site, value in found.items():
-                tensors[f"{site}.alpha"] = LazyTensor((1,), torch.float32, partial(torch.full, (1,), value))
+                tensors[f"{site}.alpha"] = filled(value, (1,), torch.float32)
         after = _loss(model, text.held_out, chunk)
     added = sorted({place.split(".")[-1] for place in _places(new).keys() - _places(old).keys()})
     notes = [f"plan {old.plan} to {plan}, at step 0: gains and shifts are the model's own"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import tokenizers
 import torch
 
 from models.errors import ConfigError
@@ -14,7 +13,7 @@ from pretrain.batch import Batch, document_numbers, make_batch
 from pretrain.config import RunConfig
 from pretrain.counts import derive_counts
 from pretrain.data import EvaluationSet, austen, open_source
-from tools.formats.tokenizer import FAST, SENTENCEPIECE, loaded
+from tools.formats.tokenizer import FAST, SENTENCEPIECE, loaded, parsed
 from tools.formats.weights import Weights
 
 _SEQUENCES = 8  # to calibrate on, and that go through a model at once
@@ -37,8 +36,7 @@ def persuasion(weights: Weights, count: int) -> list[int]:
     novel = austen.novels()["Persuasion"][: 20 * count]
     ids: Sequence[int] = []
     if FAST in weights.tokenizer:
-        fast = tokenizers.Tokenizer.from_buffer(weights.tokenizer[FAST])
-        ids = fast.encode(novel, add_special_tokens=False).ids
+        ids = parsed(weights.tokenizer[FAST]).encode(novel, add_special_tokens=False).ids
     elif SENTENCEPIECE in weights.tokenizer:
         ids = loaded(weights.tokenizer[SENTENCEPIECE]).encode(novel)
     return [token for token in ids if token < weights.config.model.vocabulary][:count]

@@ -132,7 +132,7 @@ def without_piece(files: Mapping[str, bytes], vocabulary: int) -> list[int]:
     """The ids below ``vocabulary`` that no piece of the tokenizer has: there are some where the vocabulary is padded.
     None if there is no tokenizer."""
     if FAST in files:
-        known = set(_parsed(files[FAST]).get_vocab().values())
+        known = set(parsed(files[FAST]).get_vocab().values())
     elif SENTENCEPIECE in files:
         known = set(range(len(_proto(files[SENTENCEPIECE]).pieces)))
     else:
@@ -143,7 +143,7 @@ def without_piece(files: Mapping[str, bytes], vocabulary: int) -> list[int]:
 def put_before(files: Mapping[str, bytes]) -> str:
     """The token that transformers puts before every text with this tokenizer, "" for none."""
     if FAST in files:
-        encoding = _parsed(files[FAST]).encode("a")
+        encoding = parsed(files[FAST]).encode("a")
         return encoding.tokens[0] if encoding.special_tokens_mask[:1] == [1] else ""
     try:
         settings = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -152,7 +152,8 @@ def put_before(files: Mapping[str, bytes]) -> str:
     return "its BOS" if isinstance(settings, dict) and settings.get("add_bos_token") is True else ""
 
 
-def _parsed(fast: bytes) -> tokenizers.Tokenizer:
+def parsed(fast: bytes) -> tokenizers.Tokenizer:
+    """The tokenizer in the content of a tokenizer.json."""
     try:
         return tokenizers.Tokenizer.from_buffer(fast)
     except Exception as error:  # the library raises nothing narrower

@@ -25,7 +25,7 @@ from tools.command import run
 from tools.studies.choosing import choose
 from tools.studies.grid import Cell, Study, named, read_study
 from tools.studies.hopeless import stop_if_hopeless
-from tools.studies.outcomes import Result, look
+from tools.studies.outcomes import Result, look, look_at_tuning
 from tools.studies.running import write_cell
 
 _JUDGED = 20.0  # seconds between two looks at the losses, which all nodes read from one file system
@@ -72,7 +72,7 @@ def cell_of(study: Study, phase: str, element: int) -> Cell | None:
     if phase == "tuning":
         return study.tuning()[element]
     arm = [*study.candidates][element // len(study.seeds)]
-    results = [look(cell, study.stop_early) for cell in study.tuning()]
+    results = look_at_tuning(study)
     waiting = [result.cell.config.name for result in results if result.cell.arm == arm and not result.is_over]
     if waiting:
         raise ConfigError(f"{named(arm)} has cells still to be tuned ({', '.join(waiting)}): submit the study again")
@@ -105,14 +105,13 @@ def _elements(study: Study, phase: str) -> list[int]:
     """Those that are not over, as far as it is known which cell an element is."""
     if phase == "report":
         return [0]
-    tuning = [look(cell, study.stop_early) for cell in study.tuning()]
+    if phase == "final" and study.tune_seeds is None:
+        return []  # what was tuned is what is reported
+    tuning = look_at_tuning(study)
     if phase == "tuning":
         return [i for i, result in enumerate(tuning) if not result.is_over]
-    count = len(study.candidates) * len(study.seeds)
-    if study.tune_seeds is None:
-        return []  # what was tuned is what is reported
     if not all(result.is_over for result in tuning):
-        return list(range(count))
+        return list(range(len(study.candidates) * len(study.seeds)))
     cells = enumerate(_final(study, tuning))
     return [i for i, cell in cells if cell is not None and not look(cell, None).is_over]
 

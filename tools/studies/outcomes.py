@@ -14,7 +14,7 @@ from pretrain.config import RunConfig
 from pretrain.files import write_atomically
 from pretrain.launched import OUTCOME
 from pretrain.run import RunFolder
-from tools.studies.grid import Cell, StopEarly
+from tools.studies.grid import Cell, StopEarly, Study
 
 LAUNCHES = "launches"  # in a run's folder, one for each time that it was started
 HOPELESS = "hopeless.json"  # in a run's folder: why it was asked to stop early
@@ -63,6 +63,11 @@ def look(cell: Cell, rule: StopEarly | None) -> Result:
         note = f"at step {verdict['step']} its loss was {verdict['loss']:.3f}, that of {verdict['best']} "
         return Result(cell, "stopped early", config, note=note + f"{verdict['best_loss']:.3f}")
     return Result(cell, "unfinished", config)
+
+
+def look_at_tuning(study: Study) -> list[Result]:
+    """Of all cells that are tuned, in their order."""
+    return [look(cell, study.stop_early) for cell in study.tuning()]
 
 
 def last_word(run: Path) -> dict[str, Any] | None:

@@ -58,7 +58,7 @@ def check_packages() -> None:
 
 
 def write_report(verdict: Verdict) -> str:
-    """Write report.md, report.html, figures/ and results.json into the study's folder; the summary for a terminal."""
+    """Write report.md, report.html, figures/ and results.json into the study's folder; returns the Markdown."""
     folder = verdict.study.folder
     figures = draw(verdict)
     text = sections(verdict, {name: f"{_FIGURES}/{name}.svg" for name in figures})

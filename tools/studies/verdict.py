@@ -16,7 +16,7 @@ from pretrain.counts import derive_counts
 from pretrain.run import RunFolder
 from tools.studies.choosing import at_edges, choose
 from tools.studies.grid import Arm, Cell, Study, Tuned, budgets, named, shown
-from tools.studies.outcomes import Result, look
+from tools.studies.outcomes import Result, look, look_at_tuning
 from tools.studies.statistics import Interval, PairedTest, holm, interval, paired
 
 
@@ -47,7 +47,7 @@ class Verdict:
     @classmethod
     def of(cls, study: Study) -> Verdict:
         """As far as the cells are over."""
-        tuning = [look(cell, study.stop_early) for cell in study.tuning()]
+        tuning = look_at_tuning(study)
         chosen, known = choose(study, tuning), {result.cell: result for result in tuning}
         return cls(study, tuning, [known.get(cell) or look(cell, None) for cell in study.final(chosen)], chosen)
 
