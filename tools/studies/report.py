@@ -3,14 +3,13 @@ figures of the result as JSON."""
 
 from __future__ import annotations
 
-import html
 import importlib.util
 import json
-import re
 from typing import Any
 
 from models.errors import ConfigError
 from pretrain.files import write_atomically
+from tools.page import page
 from tools.studies.grid import Arm, named, tuned_keys
 from tools.studies.sections import sections
 from tools.studies.statistics import Interval
@@ -18,36 +17,6 @@ from tools.studies.verdict import Verdict
 
 _NEEDED = ("matplotlib", "scipy", "markdown")
 _FIGURES = "figures"
-_IMAGE = re.compile(r'<p><img alt="([^"]*)" src="figures/([^"]+)\.svg" ?/?></p>')
-_PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff }}
-body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
-h1, h2 {{ line-height: 1.2 }}
-h2 {{ margin-top: 2.2rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto }}
-table {{ font-size: 14px; font-variant-numeric: tabular-nums }}
-th, td {{ text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap }}
-th {{ white-space: normal }}
-pre {{ background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: 13px }}
-figure {{ margin: 1rem 0 }}
-figure svg {{ max-width: 100%; height: auto }}
-figcaption {{ color: #555; font-size: 13px }}
-summary {{ cursor: pointer }}
-#cautions + ul {{ border-left: 4px solid #d55e00; background: #fdf3ec; margin: 0; padding: .6rem .6rem .6rem 2rem }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 
 
 def check_packages() -> None:
@@ -87,19 +56,6 @@ def draw(verdict: Verdict) -> dict[str, str]:
     for key in tuned_keys(verdict.study):
         drawn[f"sensitivity-{key}"] = figures.sensitivity(verdict, key)
     return drawn
-
-
-def page(title: str, markdown_text: str, figures: dict[str, str]) -> str:
-    """The Markdown as HTML, with its figures in it: one file, nothing to load."""
-    import markdown
-
-    body = markdown.markdown(markdown_text, extensions=["tables", "fenced_code", "md_in_html", "toc"])
-
-    def inline(found: re.Match[str]) -> str:
-        caption, name = found.groups()
-        return f'<figure role="img" aria-label="{caption}">{figures[name]}<figcaption>{caption}</figcaption></figure>'
-
-    return _PAGE.format(title=html.escape(title), body=_IMAGE.sub(inline, body))
 
 
 def results(verdict: Verdict) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""Markdown with figures as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+
+_IMAGE = re.compile(r'<p><img alt="([^"]*)" src="figures/([^"]+)\.svg" ?/?></p>')
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff }}
+body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
+h1, h2 {{ line-height: 1.2 }}
+h2 {{ margin-top: 2.2rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+table {{ font-size: 14px; font-variant-numeric: tabular-nums }}
+th, td {{ text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap }}
+th {{ white-space: normal }}
+pre {{ background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: 13px }}
+figure {{ margin: 1rem 0 }}
+figure svg {{ max-width: 100%; height: auto }}
+figcaption {{ color: #555; font-size: 13px }}
+summary {{ cursor: pointer }}
+#cautions + ul {{ border-left: 4px solid #d55e00; background: #fdf3ec; margin: 0; padding: .6rem .6rem .6rem 2rem }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def page(title: str, markdown_text: str, figures: Mapping[str, str]) -> str:
+    """``markdown_text`` with the SVGs of ``figures`` where it has figures/NAME.svg: one file, nothing to load."""
+    import markdown
+
+    body = markdown.markdown(markdown_text, extensions=["tables", "fenced_code", "md_in_html", "toc"])
+
+    def inline(found: re.Match[str]) -> str:
+        caption, name = found.groups()
+        return f'<figure role="img" aria-label="{caption}">{figures[name]}<figcaption>{caption}</figcaption></figure>'
+
+    return _PAGE.format(title=html.escape(title), body=_IMAGE.sub(inline, body))
