@@ -16,13 +16,11 @@ from pretrain.config import RunConfig
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch begin", description=__doc__)
     parser.add_argument("frozen", type=Path, help="what launch freeze printed")
-    parser.add_argument("--cell", type=int, default=0, help="of a study: which cell, from 0 (default 0)")
     parser.add_argument("--nodes", nargs="+", default=[], help="the hosts of the allocation")
     given = parser.parse_args(arguments)
-    config = given.frozen / "configs" / f"{given.cell}.yaml"
+    config = given.frozen / "config.yaml"
     if not config.exists():
-        there = len(list(config.parent.glob("*.yaml")))
-        raise ConfigError(f"{given.frozen} has no cell {given.cell}: write --array=0-{max(there - 1, 0)}")
+        raise ConfigError(f"{given.frozen} has no config.yaml: name a folder that launch freeze printed")
     if (job := os.environ.get("SLURM_JOB_ID")) is None:
         raise ConfigError("begin: SLURM_JOB_ID is not set: it is for a SLURM job (train.sbatch)")
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

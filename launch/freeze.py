@@ -2,10 +2,9 @@
 
 A job may wait for days and be requeued for weeks. What it runs must be what was submitted, whatever happens to the
 checkout meanwhile, so the code and the resolved configuration go to ``runs/NAME/frozen/HASH/``: ``code/`` is put first
-on Python's path, ``configs/0.yaml`` has every key. The hash is of the content, so the same submission is one copy.
-
-It prints the folder, and on a second line how many configurations are in it.
-With ``--study STUDY.yaml`` there is a configuration for each cell of the grid, which a job array takes by its number.
+on Python's path, ``config.yaml`` has every key. The hash is of the content, so the same submission is one copy, whose
+folder is printed. ``--code FOLDER`` copies the code alone, to ``FOLDER/frozen/HASH/``: for a study, each of whose cells
+has a configuration of its own.
 """
 
 from __future__ import annotations
@@ -27,29 +26,21 @@ _KINDS = {".py", ".sh", ".sbatch", ".env"}
 def main(arguments: list[str]) -> int:
     dry = arguments[:1] == ["--dry-run"]
     given = arguments[dry:]
-    if given[:1] == ["--study"]:
+    if given[:1] == ["--code"]:
         if len(given) != 2:
-            raise ConfigError("freeze: write --study STUDY.yaml, and overrides into the study's file")
-        run, configs = _cells(Path(given[1]))
+            raise ConfigError("freeze: write --code FOLDER, and nothing after it")
+        print(freeze(Path(given[1]), None, dry))
     elif given and not given[0].startswith("--"):
         config = load(Path(given[0]), given[1:])
-        run, configs = Path(config.runs_dir) / config.name, [dump(config)]
+        print(freeze(Path(config.runs_dir) / config.name, dump(config), dry))
     else:
         raise ConfigError("freeze: no configuration file: write CONFIG.yaml [--section.key value ...]")
-    print(freeze(run, configs, dry), len(configs), sep="\n")
     return 0
 
 
-def _cells(path: Path) -> tuple[Path, list[str]]:
-    """A study's folder, and a configuration for each cell that is tuned, in the order of the grid."""
-    from tools.studies.grid import read_study
-
-    study = read_study(path)
-    return study.folder, [dump(cell.config) for cell in study.tuning()]
-
-
-def freeze(run: Path, configs: list[str], dry: bool = False) -> Path:
-    """The folder under ``run``, made now or before; whole, or not there. ``dry``: only where it would be."""
+def freeze(run: Path, config: str | None, dry: bool = False) -> Path:
+    """The folder under ``run``, made now or before; whole, or not there. ``config``: YAML, None for the code alone;
+    ``dry``: only where it would be."""
     from pretrain.run import FROZEN_REVISION, revision
 
     home = Path(__file__).parent.parent
@@ -59,7 +50,7 @@ def freeze(run: Path, configs: list[str], dry: bool = False) -> Path:
         for path in sorted((home / room).rglob("*"))
         if path.suffix in _KINDS and path.is_file()
     }
-    everything = code | {f"configs/{i}.yaml": text.encode() for i, text in enumerate(configs)}
+    everything = code if config is None else code | {"config.yaml": config.encode()}
     digest = hashlib.sha256()
     for name, content in everything.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
@@ -79,7 +70,7 @@ def freeze(run: Path, configs: list[str], dry: bool = False) -> Path:
             os.rename(aside, frozen)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
-            if not frozen.exists():  # else another element of the array was first
+            if not frozen.exists():  # else another job was first
                 raise
     except OSError as error:
         raise ConfigError(f"cannot freeze the code under {run}: {error.filename}: {error.strerror}") from None

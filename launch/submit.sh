@@ -2,7 +2,6 @@
 # Freeze code and configuration now, and submit a job that runs them:
 #
 #   bash launch/submit.sh [--dry-run] [options of sbatch] -- CONFIG.yaml [--section.key value ...]
-#   bash launch/submit.sh [--dry-run] [options of sbatch] -- --study STUDY.yaml      one element of an array for each cell
 #
 # From the checkout's folder. The job's own output goes to the run's folder.
 set -euo pipefail
@@ -25,14 +24,10 @@ if [[ $# -lt 2 ]]; then
 fi
 shift
 
-printed=$("$LAUNCH_PYTHON" -m launch freeze ${dry:+--dry-run} "$@")
-frozen=${printed%$'\n'*}
+frozen=$("$LAUNCH_PYTHON" -m launch freeze ${dry:+--dry-run} "$@")
 run=${frozen%/frozen/*}
 output=${run//%/%%} # sbatch fills in what follows one percent sign
 defaults=("--job-name=${run##*/}" "--output=$output/slurm-%j.out")
-if [[ $1 == --study ]]; then
-  defaults+=("--array=0-$((${printed##*$'\n'} - 1))" "--output=$output/slurm-%A_%a.out")
-fi
 command=(sbatch "${defaults[@]}" "${options[@]}" "$frozen/code/launch/train.sbatch" --frozen "$frozen")
 if [[ -n $dry ]]; then
   printf '%q ' "${command[@]}"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.cluster.jobs import CONFIG, Job, configuration
+from tests.cluster.jobs import Job, configuration
 from tests.cluster.slurm import Slurm
 from tests.runs import REPOSITORY, metrics
 
@@ -126,32 +124,6 @@ def test_fewer_nodes_after_one_is_lost(slurm: Slurm, corpus: Path, tmp_path: Pat
     assert [launch.nodes for launch in job.launches] == [["n1", "n2"], ["n1"]]
     assert "world size 1" in job.printed(1)
     assert len({line["batch_hash"] for line in metrics(job.run) if "batch_hash" in line}) > 20
-
-
-def test_a_study_is_an_array(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
-    checkout = copy_of_the_checkout(tmp_path / "checkout")
-    run = {key: value for key, value in CONFIG.items() if key not in ("name", "checkpoint")}
-    run |= {"model": CONFIG["model"] | SMALL, "train": {"steps": 8, "batch_tokens": 256}}
-    run["data"] = {"path": str(corpus), "sequence_length": 64}
-    study = {
-        "name": "array",
-        "run": run,
-        "factors": {"plan": {plan: {"model": {"plan": plan}} for plan in ("llama", "dnt")}},
-    }
-    (checkout / "study.yaml").write_text(yaml.safe_dump(study))
-    number = submit_sh(slurm, checkout, "--nodes=1", "--", "--study", "study.yaml")
-    runs = [checkout / "runs/array" / f"{plan}-seed0" for plan in ("llama", "dnt")]
-    slurm.until("both cells are finished", lambda: all(Job(slurm, number, run).committed == 8 for run in runs), 120)
-    slurm.until("the array has ended", lambda: not slurm.on("ctl", "squeue", "--noheader"), 60)
-    before = [(run / "metrics.jsonl").read_bytes() for run in runs]
-    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tools.study", "study.yaml"]
-    table = subprocess.run(
-        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=200, check=True
-    ).stdout
-    assert "| llama |" in table
-    assert "| dnt |" in table
-    assert [(run / "metrics.jsonl").read_bytes() for run in runs] == before, "finished cells are not run again"
 
 
 def test_srun_starts_ranks_by_itself(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ def config(folder: Path, name: str = "small") -> RunConfig:
 
 @pytest.fixture
 def frozen(tmp_path: Path) -> Path:
-    """Two cells, as launch freeze leaves them."""
+    """As launch freeze leaves it."""
     folder = tmp_path / "frozen"
-    (folder / "configs").mkdir(parents=True)
-    for i in range(2):
-        (folder / "configs" / f"{i}.yaml").write_text(dump(config(tmp_path, f"cell{i}")))
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump(config(tmp_path)))
     return folder
 
 
@@ -106,20 +105,20 @@ def test_in_a_job(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "71")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert main([str(frozen), "--cell", "1", "--nodes", "n1", "n2"]) == 0
+    assert main([str(frozen), "--nodes", "n1", "n2"]) == 0
     folder = Path(capsys.readouterr().out.removesuffix("\n"))
-    assert folder == tmp_path / "runs/cell1/launches/71.2"
+    assert folder == tmp_path / "runs/small/launches/71.2"
     launch = read(folder)
-    assert launch.arguments == [str(frozen / "configs/1.yaml")]
+    assert launch.arguments == [str(frozen / "config.yaml")]
     assert (launch.code, launch.nodes) == (str(frozen / "code"), ["n1", "n2"])
     monkeypatch.delenv("SLURM_RESTART_COUNT")  # as SLURM has it at a job's first start
     assert main([str(frozen)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}/runs/cell0/launches/71.0\n"
+    assert capsys.readouterr().out == f"{tmp_path}/runs/small/launches/71.0\n"
 
 
-def test_a_cell_that_is_not_there(frozen: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no cell 2: write --array=0-1"):
-        main([str(frozen), "--cell", "2"])
+def test_a_folder_that_was_not_frozen(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no config.yaml: name a folder that launch freeze printed"):
+        main([str(tmp_path)])
 
 
 def test_outside_a_job_it_is_a_mistake(frozen: Path, monkeypatch: pytest.MonkeyPatch) -> None:

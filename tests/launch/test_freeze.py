@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from launch import freeze as module
 from launch.freeze import freeze, main
@@ -21,9 +20,7 @@ from pretrain import run as run_module
 from pretrain.cli import load
 from pretrain.run import revision
 from tests.ranks import fork_server
-from tests.runs import REPOSITORY, TINY, write_config
-from tools.studies.grid import read_study
-from tools.studies.running import write_cell
+from tests.runs import REPOSITORY, write_config
 
 SUFFIXES = (".py", ".sh", ".sbatch", ".env")
 
@@ -44,7 +41,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_everything_that_runs_is_copied(tmp_path: Path) -> None:
-    frozen = freeze(tmp_path / "run", ["a: 1\n", "a: 2\n"])
+    frozen = freeze(tmp_path / "run", "a: 1\n")
     assert frozen.parent == tmp_path / "run/frozen"
     found = content(frozen)
     expected = {
@@ -54,14 +51,14 @@ def test_everything_that_runs_is_copied(tmp_path: Path) -> None:
         if path.suffix in SUFFIXES
     }
     assert {"code/pretrain/trainer.py", "code/launch/train.sbatch", "code/launch/environment.sh"} <= set(expected)
-    made = {name: found.pop(name) for name in ("configs/0.yaml", "configs/1.yaml", "code/revision.json")}
+    made = {name: found.pop(name) for name in ("config.yaml", "code/revision.json")}
     assert found == expected
-    assert (made["configs/0.yaml"], made["configs/1.yaml"]) == (b"a: 1\n", b"a: 2\n")
+    assert made["config.yaml"] == b"a: 1\n"
     assert os.stat(frozen).st_mode & 0o777 == 0o755, "other users of the cluster may look"
 
 
 def test_the_revision_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen = freeze(tmp_path / "run", ["a: 1\n"])
+    frozen = freeze(tmp_path / "run", "a: 1\n")
     git = ["git", "-C", str(REPOSITORY)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(
@@ -80,24 +77,24 @@ def test_the_revision_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_same_is_one_copy_and_anything_else_another(tmp_path: Path, checkout: Path) -> None:
     run = tmp_path / "run"
-    first = freeze(run, ["a: 1\n"])
+    first = freeze(run, "a: 1\n")
     before = content(first)
-    assert freeze(run, ["a: 1\n"]) == first
-    others = [freeze(run, ["a: 2\n"]), freeze(run, ["a: 1\n", "a: 1\n"])]
+    assert freeze(run, "a: 1\n") == first
+    others = [freeze(run, "a: 2\n"), freeze(run, None)]
     changed = checkout / "models/norms.py"
     changed.write_text("# changed\n")
-    others.append(freeze(run, ["a: 1\n"]))
+    others.append(freeze(run, "a: 1\n"))
     assert (others[-1] / "code/models/norms.py").read_text() == "# changed\n"
     (checkout / "tools/c.py").write_text("")
-    others.append(freeze(run, ["a: 1\n"]))
+    others.append(freeze(run, "a: 1\n"))
     (checkout / "tools/c.py").rename(checkout / "tools/d.py")
-    others.append(freeze(run, ["a: 1\n"]))
+    others.append(freeze(run, "a: 1\n"))
     assert len({first, *others}) == 1 + len(others)
     assert content(first) == before, "a copy is never written again"
     (checkout / "models/notes.txt").write_text("not code")
     (checkout / "tests").mkdir()
     (checkout / "tests/test_a.py").write_text("not code that a job runs")
-    assert freeze(run, ["a: 1\n"]) == others[-1]
+    assert freeze(run, "a: 1\n") == others[-1]
 
 
 def test_what_moves_between_files_is_a_change(tmp_path: Path, checkout: Path) -> None:
@@ -105,17 +102,17 @@ def test_what_moves_between_files_is_a_change(tmp_path: Path, checkout: Path) ->
     one, other = checkout / "models/a.py", checkout / "models/b.py"
     one.write_text("ab")
     other.write_text("c")
-    first = freeze(tmp_path / "run", [])
+    first = freeze(tmp_path / "run", None)
     one.write_text("a")
     other.write_text("bc")
-    assert freeze(tmp_path / "run", []) != first
+    assert freeze(tmp_path / "run", None) != first
 
 
 def _freeze(run: Path, barrier: Barrier, line: Any) -> None:
     found = []
     for i in range(5):
         barrier.wait(60)
-        found.append(freeze(run, [f"a: {i}\n"]))
+        found.append(freeze(run, f"a: {i}\n"))
         assert (found[-1] / "code/launch/train.sbatch").exists(), "whole as soon as it has its name"
     line.send(found)
 
@@ -145,7 +142,7 @@ def test_all_elements_of_an_array_at_once(tmp_path: Path) -> None:
 
 def test_the_frozen_code_is_what_runs(tmp_path: Path) -> None:
     """Even from the checkout's folder, and where the checkout is installed."""
-    frozen = freeze(tmp_path / "run", ["a: 1\n"])
+    frozen = freeze(tmp_path / "run", "a: 1\n")
     program = "import models, pretrain, tools, launch; print(*(m.__file__ for m in (models, pretrain, tools, launch)))"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -177,38 +174,26 @@ def test_a_configuration_has_every_key(
     assert not (tmp_path / "runs").exists(), "a dry run leaves nothing"
     assert main(given) == 0
     assert capsys.readouterr().out == planned
-    folder, count = planned.splitlines()
-    assert count == "1"
+    folder = planned.removesuffix("\n")
     assert Path(folder).parent == tmp_path / "runs/it's $HOME too/frozen"
     shutil.rmtree(checkout)
     (tmp_path / "base.yaml").unlink()
-    assert load(Path(folder) / "configs/0.yaml") == expected
+    assert load(Path(folder) / "config.yaml") == expected
 
 
-def test_cells_are_those_of_the_study(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkout: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tree = {key: value for key, value in TINY.items() if key != "name"}
-    tree = {
-        "name": "grid",
-        "run": tree,
-        "factors": {
-            "plan": {"dnt": {"model": {"plan": "dnt"}}, "llama": {"model": {"plan": "llama"}}},
-            "rate": {"tuned": {"tune": {"optimizer.lr": [0.01, 0.1]}}},
-        },
-        "seeds": [0, 1],
-    }
-    Path("study.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    assert main(["--study", "study.yaml"]) == 0
-    folder, count = capsys.readouterr().out.splitlines()
-    assert (count, Path(folder).parent) == ("8", Path("runs/grid/frozen"))
-
-    frozen = [load(Path(folder) / f"configs/{i}.yaml") for i in range(8)]
-    assert frozen == [load(write_cell(cell)) for cell in read_study(Path("study.yaml")).tuning()]
+def test_the_code_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], checkout: Path) -> None:
+    """For a study, each of whose cells has a configuration of its own."""
+    given = ["--code", str(tmp_path / "runs/grid")]
+    assert main(["--dry-run", *given]) == 0
+    assert not (tmp_path / "runs").exists()
+    assert main(given) == 0
+    planned, made = capsys.readouterr().out.splitlines()
+    assert planned == made
+    assert Path(made).parent == tmp_path / "runs/grid/frozen"
+    assert [path.name for path in Path(made).iterdir()] == ["code"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--name", "x"], ["--study"], ["--study", "a.yaml", "--seed", "1"]])
+@pytest.mark.parametrize("arguments", [[], ["--name", "x"], ["--code"], ["--code", "runs/a", "--seed", "1"]])
 def test_mistakes(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"^freeze: .*write "):
         main(arguments)
@@ -217,7 +202,7 @@ def test_mistakes(arguments: list[str]) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path, checkout: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(ConfigError, match=r"cannot freeze the code under .*/run: .*Not a directory"):
-        freeze(tmp_path / "run", ["a: 1\n"])
+        freeze(tmp_path / "run", "a: 1\n")
 
 
 def test_a_disk_that_fills_up_leaves_no_half(tmp_path: Path, checkout: Path) -> None:
@@ -228,7 +213,7 @@ def test_a_disk_that_fills_up_leaves_no_half(tmp_path: Path, checkout: Path) -> 
     try:
         (checkout / "tools/large.py").write_text("#" * 100_000)
         with pytest.raises(ConfigError, match="No space left"):
-            freeze(tmp_path / "disk/run", ["a: 1\n"])
+            freeze(tmp_path / "disk/run", "a: 1\n")
         assert list((tmp_path / "disk/run/frozen").iterdir()) == []
     finally:
         subprocess.run(["umount", str(tmp_path / "disk")], check=True)

@@ -80,19 +80,6 @@ def test_submit_shows_its_command(corpus: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_submit_of_a_study_is_an_array(tmp_path: Path) -> None:
-    done = script(tmp_path, "submit.sh", "--dry-run", "--", "--study", str(REPOSITORY / "configs/studies/tiny.yaml"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert list(tmp_path.iterdir()) == []
-    found = words(done.stdout)
-    from tools.studies.grid import read_study
-
-    count = len(read_study(REPOSITORY / "configs/studies/tiny.yaml").tuning())
-    assert f"--array=0-{count - 1}" in found
-    assert found.index(f"--array=0-{count - 1}") < found.index(found[-3]), "sbatch takes no options after the script"
-    assert [word for word in found if word.startswith("--output=")][-1].endswith("/slurm-%A_%a.out")
-
-
 def test_the_batch_script_shows_its_commands(tmp_path: Path) -> None:
     before = stamps(LAUNCH)
     given = ["a b.yaml", "--name", NAME]
@@ -108,7 +95,7 @@ def test_the_batch_script_shows_its_commands(tmp_path: Path) -> None:
         found = words(line)
         assert {"--nodes=3", "--ntasks-per-node=1", "--container-image=/images/a b.sqsh"} <= set(found)
         tail = ["bash", "FROZEN/code/launch/node.sh", "node", "LAUNCH", "--address", "HOST", "--port"]
-        last = [[*tail, str(rank.port(4711)), "--health"], [*tail, str(rank.port(4711))]][number]
+        last = [[*tail, str(rank.port(4711) + 1), "--health"], [*tail, str(rank.port(4711))]][number]
         assert found[-len(last) :] == last
     assert decide == "python -m launch decide LAUNCH  ->  scontrol requeue 4711, or exit"
 

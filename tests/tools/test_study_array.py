@@ -34,7 +34,7 @@ def sbatch(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.write_text(f'#!/bin/bash\nprintf "%q " "$@" >>{log}\necho >>{log}\necho "$((100 + $(wc -l <{log})));c"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-    monkeypatch.setattr(array, "_freeze", lambda path, dry: Path("runs/small/frozen/abc"))
+    monkeypatch.setattr(array, "_freeze", lambda folder, dry: Path("runs/small/frozen/abc"))
     (here / "runs/small").mkdir(parents=True)
     return log
 

@@ -41,7 +41,8 @@ def submit(path: Path, options: Sequence[str], at_a_time: int | None, dry: bool)
         raise ConfigError(
             "there is no sbatch here: submit from a host of the cluster, or write --dry-run to see the jobs"
         )
-    study, frozen = read_study(path), _freeze(path, dry)
+    study = read_study(path)
+    frozen = _freeze(study.folder, dry)
     text = json.dumps(study.model_dump(exclude_unset=True), indent=1)
     file = study.folder / f"submitted-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"  # JSON is YAML
     if not dry:
@@ -134,13 +135,13 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in parts)
 
 
-def _freeze(path: Path, dry: bool) -> Path:
-    """A copy of the code in the study's folder, as launch/submit.sh makes it. ``dry``: only where it would be."""
-    command = [sys.executable, "-m", "launch", "freeze", *(["--dry-run"] if dry else []), "--study", str(path)]
+def _freeze(folder: Path, dry: bool) -> Path:
+    """A copy of the code in the study's folder. ``dry``: only where it would be."""
+    command = [sys.executable, "-m", "launch", "freeze", *(["--dry-run"] if dry else []), "--code", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ConfigError(done.stderr.strip().removeprefix("error: ") or "the code cannot be copied")
-    return Path(done.stdout.splitlines()[0])
+    return Path(done.stdout.strip())
 
 
 def _sbatch(words: Sequence[str]) -> str:
