@@ -23,8 +23,14 @@ def gradients(block: nn.Module, documents: Tensor | None) -> dict[str, Tensor]:
 PLANS = ["dnt", "dyt", "derf", "isru", "deepnorm", "hybridnorm", "rezero", "fixup", "nf", "sigma-reparam"]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("masked", [False, True])
+CASES = [
+    pytest.param(plan, masked, marks=pytest.mark.survey if masked and plan not in ("dnt", "sigma-reparam") else ())
+    for masked in (False, True)
+    for plan in PLANS
+]
+
+
+@pytest.mark.parametrize(("plan", "masked"), CASES)
 def test_compiled_block_equals_eager(plan: str, masked: bool) -> None:
     block = scrambled(tiny(plan=plan, kv_heads=2, depth=1)).blocks[0]
     documents = (torch.arange(16) // 5).expand(2, -1) if masked else None

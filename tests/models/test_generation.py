@@ -133,7 +133,7 @@ def fixed(probabilities: list[float]) -> Transformer:
     return model
 
 
-def draws(model: Transformer, count: int = 4000, **settings: Any) -> Counter[int]:
+def draws(model: Transformer, count: int = 1500, **settings: Any) -> Counter[int]:
     return Counter(made(model, [[0]], count, **settings)[0])
 
 
@@ -151,8 +151,8 @@ def test_frequencies_are_the_tempered_probabilities(temperature: float) -> None:
     powers = [p ** (1 / temperature) for p in probabilities]
     for piece, power in enumerate(powers):
         expected = power / sum(powers)
-        spread = (expected * (1 - expected) / 4000) ** 0.5
-        assert abs(counts[piece] / 4000 - expected) < 5 * spread
+        spread = (expected * (1 - expected) / 1500) ** 0.5
+        assert abs(counts[piece] / 1500 - expected) < 5 * spread
 
 
 def test_pieces_beyond_the_tokenizer_are_never_drawn() -> None:

@@ -149,7 +149,9 @@ def test_every_engine_trains_alike(mode: str) -> None:
                 assert found[recipe] == [pytest.approx(step, rel=0.02) for step in steps], (recipe, setting)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(recipe, marks=() if recipe == "rowwise" else pytest.mark.survey) for recipe in RECIPES]
+)
 def test_recomputing_and_compiling_change_no_bit(recipe: Recipe) -> None:
     """Traced and run by the same operations, quantization is the same."""
     precision = {"compute": "bf16", "fp8": recipe}

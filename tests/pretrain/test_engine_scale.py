@@ -51,7 +51,14 @@ def materialize(plan: str, rank: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("plan", "rank"), [("llama", 0), ("dyt", 511), ("dnt", 300)])
+@pytest.mark.parametrize(
+    ("plan", "rank"),
+    [
+        pytest.param("llama", 0, marks=pytest.mark.survey),
+        pytest.param("dyt", 511, marks=pytest.mark.survey),
+        ("dnt", 300),
+    ],
+)
 def test_7b_on_512_ranks(plan: str, rank: int) -> None:
     program = (
         "import json; from tests.pretrain.test_engine_scale import materialize; "
