@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import textwrap
@@ -147,7 +148,7 @@ def build(tree: Mapping[str, Any], where: str) -> RunConfig:
     _check_keys(tree, where)
     try:
         # Through JSON, because strict validation of Python objects wants instances of the sections, not mappings.
-        return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str), strict=True)
+        return _schema().validate_json(json.dumps(tree, default=str), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         parts = [str(part) for part in first["loc"]]
@@ -156,6 +157,12 @@ def build(tree: Mapping[str, Any], where: str) -> RunConfig:
         key = ".".join(parts) or ".".join(str(part) for part in first["loc"])
         wanted = type_name(KEYS[key][1]) if key in KEYS else first["msg"]
         raise ConfigError(f"{where}: {key} is {first['input']!r}: write {wanted}") from None
+
+
+@functools.cache
+def _schema() -> pydantic.TypeAdapter[RunConfig]:
+    """Made once: a study builds hundreds of configurations."""
+    return pydantic.TypeAdapter(RunConfig)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
