@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.config import ModelConfig, setting
-from models.errors import ConfigError
+from models.errors import ConfigError, nearest
+
+INSPECTED = ("alpha", "saturation", "outliers", "attention", "gradients", "updates", "noise")  # of log.inspect
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,13 @@ class ValidateConfig:
 class LogConfig:
     every: int = setting(10, "between two lines of metrics.jsonl", unit="steps")
     tensorboard: bool = setting(True, "write the scalars for TensorBoard too")
+    inspect_every: int = setting(0, "between two looks at the inside of the model; 0: never", unit="steps")
+    inspect: list[str] | None = setting(
+        None,
+        "what to look at, some of alpha (and 1/std of its input), saturation, outliers, attention (entropy), "
+        "gradients (tails), updates (against weights; holds 4 bytes a parameter of the rank during the step), noise "
+        "(scale of the gradient's); null: all that the engine allows",
+    )
 
 
 @dataclass(frozen=True)
@@ -271,6 +280,11 @@ class RunConfig:
         ):
             if every < 0:
                 raise ConfigError(f"{key} is {every}: write a number of steps, or 0 for only at the end")
+        if self.log.inspect_every < 0:
+            raise ConfigError(f"log.inspect_every is {self.log.inspect_every}: write a number of steps, or 0 for never")
+        for kind in self.log.inspect or ():
+            if kind not in INSPECTED:
+                raise ConfigError(f"log.inspect: there is no {kind!r}; {nearest(kind, INSPECTED)}")
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name is {self.name!r}: write a name without slashes; runs_dir says where it is")
         if not 0 <= self.seed < 2**32:  # NumPy's seeds are not negative, torch's end at 64 bits times the world size

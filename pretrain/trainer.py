@@ -29,7 +29,8 @@ from pretrain.optimizers import alpha_factor, describe, learning_rate_fraction
 from pretrain.rollback import Rollbacks
 from pretrain.run import RunFolder
 from pretrain.step import learning_rate, train_step
-from pretrain.telemetry import MetricsWriter, Throughput, memory_gb, open_console, record_sites, scalars
+from pretrain.telemetry import MetricsWriter, Throughput, memory_gb, open_console
+from pretrain.telemetry.inspection import Inspection
 
 VOCABULARY_PADDING = 128  # a vocabulary may be rounded up to this multiple, as GPT-2's 50,257 is to 50,304
 
@@ -109,6 +110,7 @@ class Trainer:
         if is_new and config.model.alpha.rule == "measured":
             self._measure_alpha()
         self.metrics = self.ranks.each(self._open_metrics)
+        self.inspection = Inspection(config, self.counts, self.engine, world, self.source.eos)
         self._announce()
 
     def _resumed(self) -> bool:
@@ -176,7 +178,8 @@ class Trainer:
             f"{counts.steps} steps of {counts.batch_tokens:,} tokens = {counts.sequences} sequences = "
             f"{counts.world_size} ranks x {counts.accumulation} micro-batches x {counts.micro_batch}"
         )
-        for line in [*self.engine.describe(), *describe(self.engine.optimizer, self.config.optimizer, sizes)]:
+        optimizer = describe(self.engine.optimizer, self.config.optimizer, sizes)
+        for line in [*self.engine.describe(), *optimizer, *self.inspection.describe()]:
             say(line)
         for line in known_failures(self.config.model):
             say(f"warning: {line}")
@@ -215,13 +218,15 @@ class Trainer:
                     self.world.at(self.step + 1, "data")
                     rows = next(loader)
                     self.world.at(self.step + 1, "step")
+                    watch = self.inspection.of_step(self.step + 1)
                     loss, norm = train_step(
-                        self.engine, rows.tokens, self.step, config, counts, self.world, self.source.eos
+                        self.engine, rows.tokens, self.step, config, counts, self.world, self.source.eos, watch
                     )
                     self.throughput.waited(rows.wait_seconds)
                     self.data_state = rows.state
                     self.step += 1
-                    if self._after_step(loss, norm, rows):
+                    inspected = {} if watch is None else self.inspection.read(watch, rows.tokens)
+                    if self._after_step(loss, norm, rows, inspected):
                         continue
                     if self.step < counts.steps and any(owed := owed.and_also(requests.agreed())):
                         if not self._save(loss, norm):
@@ -251,12 +256,12 @@ class Trainer:
 
     # ------------------------------------------------------------------ around the step
 
-    def _after_step(self, loss: Tensor, norm: Tensor, rows: RankBatch) -> bool:
-        """Log, validate and save as is due. True if the run has gone back instead: it stands at another step."""
-        record: dict[str, Any] = {}
+    def _after_step(self, loss: Tensor, norm: Tensor, rows: RankBatch, record: dict[str, Any]) -> bool:
+        """Log ``record`` and what else is due, validate and save. True if the run has gone back instead: it stands at
+        another step."""
         try:
             if self._due(self.config.log.every):
-                record |= self._measured(loss, norm, rows)
+                record = self._measured(loss, norm, rows) | record
                 if self.rollbacks.lasts and self._went_back(f"a spike has lasted to step {self.step}"):
                     return True
             if self._due(self.config.validate.every):
@@ -340,9 +345,7 @@ class Trainer:
                 record = {"val_loss": self.validation.loss, "val_bits_per_byte": self.validation.bits_per_byte}
                 self.console.report(self.step, record)
             if self.has_alphas:
-                part = rows.tokens[: self.counts.micro_batch].to(self.world.device)
-                batch = make_batch(part, self.source.eos, self.config.data.document_mask)
-                record |= scalars(self.engine.observe(batch, record_sites))
+                record |= self.inspection.alphas(rows.tokens)
         return record
 
     def _write(self, record: dict[str, Any]) -> None:

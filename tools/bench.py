@@ -2,13 +2,15 @@
 
     python -m tools.bench configs/tiny.yaml --pairs 7 --steps 5 --output bench.jsonl
     python -m tools.bench configs/tiny.yaml --model.plan llama --against configs/tiny.yaml
+    python -m tools.bench configs/tiny.yaml --log.inspect_every 100 --against configs/tiny.yaml --steps 100
 
 All that is compared is alive at once and takes turns, so that what else the machine does falls on all alike; a ratio
 is of two measurements in the same round. A step is all that training does in it: the loader's batch, forward,
 backward, clipping, update. Against nanoGPT (tools/nanogpt.py) each precision, eager and compiled, has two contenders:
 the configuration's own model and optimizer, and "stack", nanoGPT's model on our trunk with AdamW, whose ratio shows
 what loss, loader and optimizer give at an identical parameter count; only GELU's form differs (tanh or exact). Sizes,
-micro-batches and data are the configuration's for all.
+micro-batches and data are the configuration's for all. The third command measures what log.inspect costs, the
+writing of it included: each of its rounds has one inspected step.
 """
 
 from __future__ import annotations
@@ -161,6 +163,12 @@ def open_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 def main(arguments: Sequence[str]) -> None:
     options, overrides = parse(arguments)
     config = open_config(options.config, overrides)
+    every = config.log.inspect_every
+    if every and options.steps % every:
+        near = max(1, round(options.steps / every)) * every
+        raise ConfigError(
+            f"--steps is {options.steps}: with log.inspect_every {every} write a multiple of it, as {near}"
+        )
     name = " ".join([str(options.config), *overrides])
     # A model beyond dynamo's limit of recompilations would run eagerly and be reported as compiled.
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, Protocol
 
 import torch
@@ -18,6 +19,8 @@ from pretrain.data.manifest import read_manifest
 from pretrain.distributed import World
 from pretrain.engines import build_engine, require_compiler
 from pretrain.step import train_step
+from pretrain.telemetry import MetricsWriter
+from pretrain.telemetry.inspection import Inspection
 from tools.nanogpt import NanoGPT, NanoGPTLoop
 
 # compute precision and compilation, by the names that the command line and the table use
@@ -49,7 +52,8 @@ class Contender:
 
 
 class OurSteps:
-    """What the trainer does in a step, without what it does around it: the same engine, loader and calls."""
+    """What the trainer does in a step, without what it does around it: the same engine, loader and calls. Steps that
+    log.inspect_every asks for are inspected, and what is found is written, in a folder that goes with ``close``."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self._config, self._world = config, world
@@ -64,16 +68,27 @@ class OurSteps:
             prefetch=config.data.prefetch,
             pin_memory=world.device.type == "cuda",
         )
+        self._inspection = Inspection(config, self._counts, self.engine, world, self._source.eos)
+        self.folder: TemporaryDirectory[str] | None = None
+        if config.log.inspect_every:
+            self.folder = TemporaryDirectory(prefix="equipoise-bench-")
+            self._metrics = MetricsWriter(Path(self.folder.name), config.log.tensorboard, 0)
         self._step = 0
 
     def step(self) -> None:
         rows = next(self._loader).tokens
         step = min(self._step, self._counts.steps - 1)  # a benchmark may be longer than the run
-        train_step(self.engine, rows, step, self._config, self._counts, self._world, self._source.eos)
         self._step += 1
+        watch = self._inspection.of_step(self._step)
+        train_step(self.engine, rows, step, self._config, self._counts, self._world, self._source.eos, watch)
+        if watch is not None:
+            self._metrics.write(self._step, self._inspection.read(watch, rows))
 
     def close(self) -> None:
         self._loader.close()
+        if self.folder is not None:
+            self._metrics.close()
+            self.folder.cleanup()
 
 
 def ours(config: RunConfig, world: World, name: str, base: int) -> Contender:

@@ -60,6 +60,10 @@ def _impossible(config: RunConfig, world: World) -> Iterator[str]:
             f"parallel.shard_size {parallel.shard_size} with parallel.shard {parallel.shard}: write --parallel.shard "
             "hybrid, or --parallel.shard_size null"
         )
+    asked = config.log.inspect if config.log.inspect_every else None
+    for kind, why in uninspectable(config, world).items():
+        if kind in (asked or ()):
+            yield f"log.inspect {kind} with {why}; or take it out of log.inspect"
     weights = resolve_plan(config.model).weights
     if precision.fp8 != "none" and weights != "plain":
         yield (
@@ -71,6 +75,27 @@ def _impossible(config: RunConfig, world: World) -> Iterator[str]:
             f"precision.fp8 {precision.fp8} with precision.compute fp32: a GPU's 8-bit products give bf16; write "
             "--precision.compute bf16"
         )
+
+
+def uninspectable(config: RunConfig, world: World) -> dict[str, str]:
+    """Of log.inspect, what this engine cannot show, each with the reason and what to write instead."""
+    parallel = config.parallel
+    if parallel.engine == "deepspeed":
+        noise = "parallel.engine deepspeed: it holds gradients in buffers of its own until the batch is whole; "
+        missing = {"noise": noise + "write --parallel.engine fsdp"}
+        if parallel.zero_stage > 0:
+            why = (
+                f"parallel.zero_stage {parallel.zero_stage}: ZeRO hands an optimizer flat pieces of many tensors; "
+                "write --parallel.engine fsdp, or --parallel.zero_stage 0"
+            )
+            missing |= {"gradients": why, "updates": why}
+        return missing
+    if world.size > 1 and parallel.shard != "full":
+        return {
+            "noise": f"parallel.shard {parallel.shard}: it adds the ranks' gradients up once a step, and two sizes of "
+            "batch are needed; write --parallel.shard full"
+        }
+    return {}
 
 
 def unheeded(config: RunConfig) -> list[str]:
@@ -85,6 +110,8 @@ def unheeded(config: RunConfig) -> list[str]:
     ]
     if precision.fp8 == "none" and (precision.fp8_skip or precision.fp8_skip_first or precision.fp8_skip_last):
         lines.append("precision.fp8_skip, fp8_skip_first and fp8_skip_last do nothing where precision.fp8 is none")
+    if config.log.inspect is not None and not config.log.inspect_every:
+        lines.append("log.inspect does nothing where log.inspect_every is 0")
     rule = resolve_plan(config.model).init
     if rule != "standard" and (init.std, init.depth_scaled_output) != (InitConfig().std, True):
         lines.append(f"model.init.std and depth_scaled_output are of rule standard; here the rule is {rule}")

@@ -54,6 +54,8 @@ MAY_CHANGE = {
     "validate.every",
     "validate.sequences",
     "log.every",
+    "log.inspect",
+    "log.inspect_every",
     "log.tensorboard",
 }
 MUST_STAY = {"name", "seed", "data.source", "data.sequence_length", "data.document_mask"}
@@ -85,8 +87,8 @@ def changed(key: str) -> RunConfig | None:
         other = (now or 0) + first(1)
     elif first is str:
         other = f"{now} too"
-    elif key in ("optimizer.decay_roles", "optimizer.lr_factors", "model.sites"):
-        other = {"optimizer.decay_roles": ["matrix"]}.get(key, {"alpha": 0.5})
+    elif key in ("optimizer.decay_roles", "optimizer.lr_factors", "model.sites", "log.inspect"):
+        other = {"optimizer.decay_roles": ["matrix"], "log.inspect": ["noise"]}.get(key, {"alpha": 0.5})
     elif key.startswith("optimizer.alpha."):
         other = [1, 2]
     else:

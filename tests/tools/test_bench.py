@@ -13,7 +13,7 @@ import torch
 
 from models.errors import ConfigError
 from pretrain.cli import dump
-from pretrain.config import RunConfig
+from pretrain.config import LogConfig, RunConfig
 from tests.tools.small_run import WORLD, prepare_small, small_config, train_small
 from tools import bench
 from tools.contenders import VARIANTS, Contender, OurSteps, like_nanogpt, nanogpt, of_two, with_nanogpt
@@ -44,6 +44,20 @@ def test_our_step_is_the_trainer_s(config: RunConfig, masked: bool) -> None:
     expected = trainer.engine.model.state_dict()
     for name, found in steps.engine.model.state_dict().items():
         assert torch.equal(found, expected[name]), name
+
+
+def test_inspected_steps_are_timed_with_what_they_write(config: RunConfig) -> None:
+    steps = OurSteps(replace(config, log=LogConfig(inspect_every=2)), WORLD)
+    assert steps.folder is not None
+    folder = Path(steps.folder.name)
+    for _ in range(5):
+        steps.step()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all("update_ratio/embedding.weight" in line for line in lines)
+    assert list((folder / "tensorboard").iterdir())
+    steps.close()
+    assert not folder.exists()
 
 
 def test_the_reference_is_gpt2() -> None:
@@ -198,6 +212,7 @@ def test_the_command_prints_and_appends(config: RunConfig, tmp_path: Path, capsy
         (["--variants", "bf61"], "did you mean 'bf16'"),
         (["--against", "nanoGPT"], "write nanogpt, or"),
         (["--model.widht", "8"], "did you mean 'model.width'"),
+        (["--log.inspect_every", "4"], "--steps is 5: with log.inspect_every 4 write a multiple of it, as 4"),
     ],
 )
 def test_mistakes_are_named(config: RunConfig, tmp_path: Path, options: list[str], message: str) -> None:
