@@ -6,7 +6,7 @@ Everything stays on the device and on its rank until ``results`` adds the ranks'
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,6 @@ from pretrain.telemetry.statistics import kurtosis, moments, stride, tail
 WEIGHTS = ("matrix", "embedding", "head")  # the roles of tensors large enough to have a distribution
 
 
-class Norms(NamedTuple):
-    """What the noise scale is made of after so many micro-batches, of this rank, fp64 []."""
-
-    squared: Tensor  # norm of the gradient so far, to which every target of the step contributes its share
-    targets: Tensor
-
-
 class StepWatch:
     """Looks on while ``pretrain.step.train_step`` takes one step, and changes nothing in it.
 
@@ -48,18 +41,17 @@ class StepWatch:
         self._weights = {name: p for name, p in self._parameters.items() if roles[name] in WEIGHTS}
         self._sums: dict[str, Tensor] = {}  # fp64, to be added up over the ranks
         self._samples: dict[str, Tensor] = {}  # fp32, likewise
-        self._before: list[Tensor] = []
+        self._targets = torch.zeros((), dtype=torch.float64, device=world.device)  # of this rank, so far
+        self._before: list[Tensor] = []  # copies of what it holds of the parameters, while they move
 
     @torch.no_grad()
     def accumulated(self, batch: Batch, first: bool, last: bool) -> None:
         """The backward of a micro-batch is done: the step's first, or its last, or both or neither."""
         if "noise" in self._kinds:
-            seen = batch.targets.ne(IGNORE).sum().double()
-            self._add("targets", seen)
-            if first:
-                self._sums["first"] = torch.stack([self._squared_norm(), seen])
-            if last:
-                self._sums["last"] = torch.stack([self._squared_norm(), self._sums.pop("targets")])
+            self._targets += batch.targets.ne(IGNORE).sum()
+            for key, due in (("first", first), ("last", last)):
+                if due:
+                    self._sums[key] = torch.stack([self._squared_norm(), self._targets])
         if last and "gradients" in self._kinds:
             for name, parameter in self._weights.items():
                 gradient = _local(parameter.grad)
@@ -80,7 +72,12 @@ class StepWatch:
         self._before = []
 
     def results(self) -> dict[str, Tensor]:
-        """Each figure by its key, on the device of the world. Collective: two all-reduces."""
+        """Each figure by its key, on the device of the world. Collective: two all-reduces.
+
+        ``grad_kurtosis/NAME``, ``grad_hill/NAME`` and ``grad_q999_q50/NAME`` of each of ``WEIGHTS``, before clipping;
+        ``update_ratio/NAME`` of every parameter, |change| / |value before|, weight decay included; ``noise_scale`` and
+        what it is made of, of all ``WEIGHTS`` together (noise.py).
+        """
         device = self._world.device
         sums, samples = _added(self._sums, self._world), _added(self._samples, self._world)
         found: dict[str, Tensor] = {}
@@ -98,15 +95,13 @@ class StepWatch:
                     ratio = torch.where(left_out.to(device).bool(), torch.nan, ratio)
                 found[f"update_ratio/{name}"] = ratio
         if "noise" in self._kinds:
-            (part, some), (whole, all_targets) = sums["first"], sums["last"]
-            noise = noise_scale(part * (all_targets / some) ** 2, some, whole, all_targets)
+            (part, some), (whole, total) = sums["first"], sums["last"]
+            # The gradient so far is a sum over its targets divided by the number of the step's; of the mean it is less.
+            noise = noise_scale(part * (total / some) ** 2, some, whole, total)
             found["noise_gradient_squared"] = noise.gradient_squared
             found["noise_covariance_trace"] = noise.covariance_trace
             found["noise_scale"] = noise.scale
         return found
-
-    def _add(self, key: str, value: Tensor) -> None:
-        self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     def _squared_norm(self) -> Tensor:
         """Of this rank's share of all weights' gradients, fp64 []."""

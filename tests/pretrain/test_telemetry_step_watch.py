@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from pretrain.engines import build_engine
 from pretrain.engines.protocol import Engine
 from pretrain.step import train_step
 from pretrain.telemetry.sites import numbers
-from pretrain.telemetry.statistics import sample, tail
-from pretrain.telemetry.step_watch import StepWatch
+from pretrain.telemetry.statistics import sample, stride, tail
+from pretrain.telemetry.step_watch import StepWatch, _placed_sample
 from tests.pretrain.engine_runs import batch_of, config_of, here
 from tests.ranks import run_ranks
 
@@ -137,6 +138,21 @@ class Holder:
         self.model.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
         self.model.weight.grad = distribute_tensor(weight.square(), mesh, [Shard(0)])
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+
+
+def placed() -> torch.Tensor:
+    """The two ranks' parts, of 3 and 2 rows, of a sample of every fifth element."""
+    rows = torch.arange(1.0, 41.0).reshape(5, 8)
+    parameter = nn.Parameter(distribute_tensor(rows, init_device_mesh("cpu", (2,)), [Shard(0)]))
+    with patch("pretrain.telemetry.step_watch.stride", lambda shape: stride(shape, 10)):
+        return here().sum(_placed_sample(parameter, parameter.detach().to_local()))
+
+
+def test_a_sample_is_the_same_however_rows_are_shared() -> None:
+    whole = torch.arange(1.0, 41.0).reshape(5, 8)
+    assert stride(whole.shape, 10) == 5  # 4 has a factor in common with the rows
+    for found in run_ranks(placed, 2):
+        assert torch.equal(found, sample(whole, 10))
 
 
 def with_an_empty_shard() -> tuple[int, dict[str, float]]:

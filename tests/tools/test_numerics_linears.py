@@ -212,6 +212,20 @@ def test_uniform_weights_in_int8_keep_48_decibels() -> None:
             assert one.ratio.per_row == pytest.approx(one.ratio.per_tensor, abs=0.3), one
 
 
+def test_signal_to_noise_by_hand_per_tensor_and_per_row() -> None:
+    """Row 0 becomes 0 and -1 by the tensor's step of 1; by its own step of 0.1 it loses nothing."""
+    model = build(width=8, heads=2, depth=1)
+    linear = linears(model)["blocks.0.attention.q"]
+    linear.weight.data.zero_()
+    linear.weight.data[0, :2] = torch.tensor([0.4, -0.7])
+    linear.weight.data[1, :2] = torch.tensor([7.0, 2.25])
+    found = weight_signals(as_run(model), "int4")[0]
+    assert (found.block, found.kind) == (0, "q")
+    signal = 0.4**2 + 0.7**2 + 7**2 + 2.25**2
+    assert found.ratio.per_tensor == pytest.approx(10 * math.log10(signal / (0.4**2 + 0.3**2 + 0.25**2)), abs=1e-4)
+    assert found.ratio.per_row == pytest.approx(10 * math.log10(signal / 0.25**2), abs=1e-4)
+
+
 def test_an_outlier_feature_shows_in_the_inputs_that_have_it() -> None:
     model = build(plan="llama")
     clean = {(one.block, one.kinds): one for one in input_signals(as_run(model), text(), "int8", nothing)}

@@ -61,7 +61,7 @@ def changes(measured: Sequence[Measured]) -> str:
         ax.set_xscale("symlog", linthresh=_linear_part([one for line in found for one in line]))
         ax.set_yticks(range(len(rows)), [treatment_words(row) for row in rows])
         ax.set_ylim(len(rows) - 0.4, -0.6)
-        ax.set_xlabel("change of validation loss (nats per token); linear about zero, then logarithmic")
+        ax.set_xlabel("change of validation loss (nats per token; linear about zero)")
         figure.legend(loc="outside lower center", ncols=min(5, len(measured)))
         return _svg(figure)
 

@@ -117,8 +117,8 @@ def _comparison_table(measured: Sequence[Measured]) -> str:
 
 def _layers(measured: Sequence[Measured], treatment: Treatment, figures: Mapping[str, str]) -> str:
     words = (
-        f"{treatment_words(treatment).capitalize()}, of one linear at a time and the rest in fp32; at the edges all "
-        "linears of a block, all of a kind, and all. Numbers are 10⁻³ nats per token, in parentheses where the "
+        f"One linear at a time in {treatment_words(treatment)}, the rest in fp32; at the edges all linears of a block, "
+        "all of a kind, and all. Numbers are 10⁻³ nats per token, in parentheses where the "
         "interval includes zero."
     )
     parts = ["## Layer by layer", words, _image(figures, "layers", "Change of loss with one linear rounded")]
@@ -206,6 +206,8 @@ def _method(question: Question) -> str:
         "Windows are spread evenly over the validation split, without a last one that is not full. Losses are paired "
         "by window; intervals are Student's t over the mean differences of windows, not corrected for the number of "
         "rows.",
+        "Rounding is one fixed perturbation of the weights. A change of either sign may be sure for this text and "
+        "still be luck of that perturbation, above all one as small as bf16's.",
         "A run is one checkpoint of one seed: the intervals are about text, not about training again.",
     ]
     return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,99 @@
+"""How the pictures look: readable on white, and for the colour-blind. A run has one colour in all of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from math import ceil, floor, log
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+# Okabe and Ito's palette (jfly.uni-koeln.de/color), its yellow left out: it is too light for lines.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8")
+GRAY = "#777777"
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 200,  # of what is drawn as an image: clouds of points
+    "svg.hashsalt": "inspect",  # the same figure is the same file
+}
+
+
+def color(run: int) -> str:
+    return COLORS[run % len(COLORS)]
+
+
+def styled() -> Any:
+    return plt.rc_context(_STYLE)
+
+
+def panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, list[Any]]:
+    """A figure of ``count`` axes in rows of ``columns``, each ``size`` inches."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(max(4.5, size[0] * columns), size[1] * rows + 0.3),
+        squeeze=False,
+        layout="constrained",
+        **options,
+    )
+    axes = list(grid.flat)
+    for place, ax in enumerate(axes[count:], start=count):
+        ax.remove()
+        axes[place - columns].tick_params(labelbottom=True)  # it is the last of its column now
+    return figure, axes[:count]
+
+
+def blocks_axis(ax: Any, label: str = "block") -> None:
+    """Whole numbers along the axis, which counts blocks."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.set_xlabel(label)
+
+
+def dodge(run: int, runs: int) -> float:
+    """Where among the places of one label a run's points stand, so that runs do not hide each other."""
+    return 0.0 if runs == 1 else 0.5 * (run / (runs - 1) - 0.5)
+
+
+def name_runs(figure: Any, labels: Sequence[str], more: Sequence[tuple[str, dict[str, Any]]] = ()) -> None:
+    """A legend above the figure: the runs' colours, and whatever else needs a name."""
+    handles = [Line2D([], [], color=color(run), linewidth=3) for run in range(len(labels))]
+    handles += [Line2D([], [], **{"color": GRAY, **look}) for _, look in more]
+    names = [*labels, *(name for name, _ in more)]
+    figure.legend(handles, names, loc="outside upper center", ncols=min(5, len(names)))
+
+
+def plain_log(axis: Any) -> None:
+    """Numbers as one writes them on an axis of few decades, some between the powers of ten where there is room."""
+    low, high = sorted(axis.get_view_interval())
+    decades = log(high / low, 10)
+    if decades > 5:
+        return
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if decades < 1.5:
+        powers = range(floor(log(low, 10)), ceil(log(high, 10)) + 1)
+        axis.set_ticks([m * 10.0**power for power in powers for m in (1, 2, 3, 5) if low <= m * 10.0**power <= high])
+    axis.set_minor_formatter(NullFormatter())
+
+
+def svg(figure: Any) -> str:
+    """Without a prologue and without metadata, so that it can stand in HTML as it is."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    plt.close(figure)
+    text = file.getvalue()
+    return text[text.index("<svg") :]
