@@ -37,9 +37,9 @@ def test_every_study_that_ships_expands_to_runs(path: Path) -> None:
 
 def test_seeds_do_not_multiply_the_grid_of_the_dnt_study() -> None:
     found = read_study(STUDIES / "dnt.yaml")
-    assert len(found.candidates) == 10
-    assert len(found.tuning()) == 10 * 4
-    assert len(found.final({arm: tried[0] for arm, tried in found.candidates.items()})) == 10 * 3
+    assert len(found.candidates) == 12
+    assert len(found.tuning()) == 12 * 4
+    assert len(found.final({arm: tried[0] for arm, tried in found.candidates.items()})) == 12 * 3
     rates = {arm: tuple(value for ((_, value),) in tried) for arm, tried in found.candidates.items()}
     for optimizer in ("adamw", "msgdw"):
         assert len({grid for arm, grid in rates.items() if arm[1] == optimizer}) == 1, "one grid per optimizer"
