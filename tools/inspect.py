@@ -39,8 +39,12 @@ def main() -> None:
     arguments = _parser().parse_args()
     names = _sections(arguments.only)
     _check(arguments)
-    runs = _look(arguments, names)
-    parts = {name: SECTIONS[name].write(runs) for name in names}
+    errors = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # what is no terminal would get an empty line of it and no bar
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_interactive) as progress:
+        runs = _look(arguments, names, progress)
+        parts = {name: SECTIONS[name].write(runs) for name in progress.track(names, description="pictures")}
     output: Path = arguments.output or arguments.runs[0] / "inspect"
     _write(output, runs, parts)
     console = Console(highlight=False, soft_wrap=True)
@@ -52,18 +56,16 @@ def main() -> None:
     console.print(f"report: {output / 'report.html'}", markup=False)
 
 
-def _look(arguments: argparse.Namespace, names: Sequence[str]) -> list[Inspected]:
+def _look(arguments: argparse.Namespace, names: Sequence[str], progress: Progress) -> list[Inspected]:
     """One model at a time."""
     device = torch.device(arguments.device)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    task = progress.add_task("", total=len(arguments.runs))
     found = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(arguments.runs))
-        for folder, label in zip(arguments.runs, labels(arguments.runs), strict=True):
-            progress.update(task, description=label)
-            subject = open_subject(folder, label, arguments.step, arguments.sequences, arguments.text, device)
-            found.append(inspect(subject, names, progress))
-            progress.advance(task)
+    for folder, label in zip(arguments.runs, labels(arguments.runs), strict=True):
+        progress.update(task, description=label)
+        subject = open_subject(folder, label, arguments.step, arguments.sequences, arguments.text, device)
+        found.append(inspect(subject, names, progress))
+        progress.advance(task)
     return found
 
 

@@ -80,9 +80,12 @@ def test_a_norm_is_seen_as_it_is(at_once: int, monkeypatch: pytest.MonkeyPatch) 
         y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
         assert (look.function, look.alpha, look.saturated) == ("layernorm", None, None)
         assert look.std == pytest.approx(x.std(correction=0).item(), rel=1e-5)
-        expected = dict(zip(x.flatten().tolist(), y.flatten().tolist(), strict=True))
+        expected: dict[float, list[float]] = {}  # two tokens may share an element, and not what is made of it
+        for a, b in zip(x.flatten().tolist(), y.flatten().tolist(), strict=True):
+            expected.setdefault(a, []).append(b)
         for points in ((look.x, look.y), (look.extreme_x, look.extreme_y)):
-            assert points[1].tolist() == pytest.approx([expected[value] for value in points[0].tolist()], abs=1e-5)
+            for a, b in zip(points[0].tolist(), points[1].tolist(), strict=True):
+                assert min(abs(b - other) for other in expected[a]) < 1e-5
         largest = x.abs().flatten().topk(len(look.extreme_x)).values
         assert look.extreme_x.abs().sort(descending=True).values.tolist() == pytest.approx(largest.tolist())
         assert bent(look) == look.fit.alpha or math.isnan(bent(look))
@@ -100,7 +103,7 @@ def test_a_dyt_is_seen_as_it_is(at_once: int, monkeypatch: pytest.MonkeyPatch) -
         assert isinstance(module, Elementwise)
         x, _ = activations(subject, look.name)
         shift = 0.0 if module.shift is None else module.shift.item()
-        alpha = float(module.alpha)
+        alpha = module.alpha.item()
         f = torch.tanh if look.function == "dyt" else torch.erf
         y = f(alpha * x + shift)
         assert bent(look) == look.alpha == pytest.approx(alpha)

@@ -45,7 +45,7 @@ class WeightTails(NamedTuple):
 
 class BatchNoise(NamedTuple):
     """The gradient noise scale in tokens, and its standard error by the jackknife over sequences. NaN: so few
-    sequences do not tell the gradient from its noise."""
+    sequences do not tell the gradient from its noise. An infinite error: nor would they with one of them less."""
 
     scale: float
     error: float
@@ -137,7 +137,7 @@ def batch_noise(squared: Tensor, inner: Tensor, whole: Tensor, length: int) -> B
     error = math.nan
     if count > 2:
         parts = torch.tensor([estimate(*of, count - 1)[0] for of in zip(means, without, strict=True)]).double()
-        error = ((count - 1) / count * (parts - parts.mean()).square().sum()).sqrt().item()
+        error = ((count - 1) / count * (parts - parts.mean()).square().sum()).sqrt().nan_to_num(math.inf).item()
     return BatchNoise(scale, error, gradient, trace)
 
 

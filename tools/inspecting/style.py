@@ -74,7 +74,9 @@ def name_runs(figure: Any, labels: Sequence[str], more: Sequence[tuple[str, dict
     handles = [Line2D([], [], color=color(run), linewidth=3) for run in range(len(labels))]
     handles += [Line2D([], [], **{"color": GRAY, **look}) for _, look in more]
     names = [*labels, *(name for name, _ in more)]
-    figure.legend(handles, names, loc="outside upper center", ncols=min(5, len(names)))
+    # a letter is about 5.5 points wide at this size
+    room = figure.get_figwidth() * 72 / (5.5 * max(map(len, names)) + 45)
+    figure.legend(handles, names, loc="outside upper center", ncols=max(1, min(5, len(names), int(room))))
 
 
 def plain_log(axis: Any) -> None:

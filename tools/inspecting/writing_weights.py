@@ -84,8 +84,9 @@ def noise(runs: Sequence[Inspected]) -> Written:
     text = [
         "The simple noise scale tr(Σ)/|G|² (arXiv 1812.06162, appendix A.1) from the squared norms of single "
         f"sequences' gradients and of their mean over {_tokens(found)} tokens: a batch far below it averages too "
-        "little, one far above it wastes tokens. ± is one standard error, by leaving out one sequence at a time; a "
-        "dash means that so few sequences do not tell the gradient from its noise (`--sequences`).",
+        "little, one far above it wastes tokens. ± is one standard error, by leaving out one sequence at a time. A "
+        "dash means that so few sequences do not tell the gradient from its noise, ± ∞ that with one of them less they "
+        "would not: take more `--sequences`.",
         table(head, rows),
         "The noise g_i − G of single sequences i, over all parameters. Heavy-tailed noise in the sense of "
         "arXiv 1912.03194 has a few sequences far to the right. "
@@ -100,6 +101,8 @@ def noise(runs: Sequence[Inspected]) -> Written:
 def _with_error(value: float, error: float) -> str:
     if math.isnan(value):
         return "–"
+    if math.isinf(error):
+        return f"{value:,.0f} ± ∞"
     return f"{value:,.0f}" + ("" if math.isnan(error) else f" ± {error:,.0f}")
 
 
