@@ -7,7 +7,8 @@ from statistics import median
 
 from tools.inspecting.activations import PLACES, Entropies, Layer
 from tools.inspecting.history import History
-from tools.inspecting.style import GRAY, blocks_axis, color, dodge, name_runs, panels, plain_log, styled, svg
+from tools.inspecting.style import blocks_axis, dodge, name_runs, panels, plain_log
+from tools.picture import GRAY, color, styled, svg
 
 _MEASURES = {
     "over": "features above 6",

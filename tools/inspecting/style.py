@@ -1,42 +1,16 @@
-"""How the pictures look: readable on white, and for the colour-blind. A run has one colour in all of them."""
+"""What the pictures have in common: panels, axes, legends. A run has one colour in all of them."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from math import ceil, floor, log
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-# Okabe and Ito's palette (jfly.uni-koeln.de/color), its yellow left out: it is too light for lines.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8")
-GRAY = "#777777"
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "savefig.dpi": 200,  # of what is drawn as an image: clouds of points
-    "svg.hashsalt": "inspect",  # the same figure is the same file
-}
-
-
-def color(run: int) -> str:
-    return COLORS[run % len(COLORS)]
-
-
-def styled() -> Any:
-    return plt.rc_context(_STYLE)
+from tools.picture import GRAY, color
 
 
 def panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, list[Any]]:
@@ -90,12 +64,3 @@ def plain_log(axis: Any) -> None:
         powers = range(floor(log(low, 10)), ceil(log(high, 10)) + 1)
         axis.set_ticks([m * 10.0**power for power in powers for m in (1, 2, 3, 5) if low <= m * 10.0**power <= high])
     axis.set_minor_formatter(NullFormatter())
-
-
-def svg(figure: Any) -> str:
-    """Without a prologue and without metadata, so that it can stand in HTML as it is."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    plt.close(figure)
-    text = file.getvalue()
-    return text[text.index("<svg") :]

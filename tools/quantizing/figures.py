@@ -1,50 +1,35 @@
-"""The pictures of the report, as SVG: readable on white, and for the colour-blind. Runs differ by colour and mark."""
+"""The pictures of the report. Runs differ by colour and mark."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
+from tools.picture import MARKS, color, styled, svg
 from tools.quantizing.formats import Treatment
 from tools.quantizing.measuring import ALL, Measured
 from tools.quantizing.words import format_words, includes_zero, treatment_words
 from tools.studies.statistics import Interval
 
-# Okabe and Ito's palette (jfly.uni-koeln.de/color), its yellow left out: it is too light for lines.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _DECADES = 3  # of the heatmap's colours, down from the largest change
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "svg.hashsalt": "numerics",  # the same figure is the same file
-}
 
 
 def _look(number: int) -> dict[str, Any]:
     """A run's colour and mark."""
-    return {"color": _COLORS[number % len(_COLORS)], "marker": _MARKS[number % len(_MARKS)]}
+    return {"color": color(number), "marker": MARKS[number % len(MARKS)]}
 
 
 def changes(measured: Sequence[Measured]) -> str:
     """A row for each treatment: the change of loss of every run and its interval, filled where that leaves out zero."""
     rows = list(measured[0].treated)
     found = [[run.change(run.treated[row]) for row in rows] for run in measured]
-    with plt.rc_context(_STYLE):
+    with styled():
         height = 0.9 + len(rows) * max(0.3, 0.15 * len(measured))
         figure, ax = plt.subplots(figsize=(8, height), layout="constrained")
         ax.axvline(0, color="black", linewidth=0.8)
@@ -63,7 +48,7 @@ def changes(measured: Sequence[Measured]) -> str:
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_xlabel("change of validation loss (nats per token; linear about zero)")
         figure.legend(loc="outside lower center", ncols=min(5, len(measured)))
-        return _svg(figure)
+        return svg(figure)
 
 
 def _linear_part(found: Sequence[Interval]) -> float:
@@ -83,7 +68,7 @@ def layers(measured: Sequence[Measured], treatment: Treatment) -> str:
     depth = max(len(_axis(of, 0)) for of in found)
     columns = min(3, len(measured))
     rows = -(-len(measured) // columns)
-    with plt.rc_context({**_STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
+    with styled(**{"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
         size = (1.2 + 3.4 * columns, 0.6 + rows * (0.8 + 0.27 * depth))
         figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         image: Any = None
@@ -111,7 +96,7 @@ def layers(measured: Sequence[Measured], treatment: Treatment) -> str:
         bar.set_label("change of loss (nats per token)")
         bar.outline.set_visible(False)
         figure.suptitle(f"{treatment_words(treatment)}: change of loss in 10⁻³ nats per token", fontsize=9)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _axis(of: Any, which: int) -> list[Any]:
@@ -130,7 +115,7 @@ def _thousandths(nats: float) -> str:
 def signals(measured: Sequence[Measured], treatment: Treatment) -> str:
     """By block, for every input of linears: what is left of it after rounding (above), and its outliers (below)."""
     kinds = list(dict.fromkeys(one.kinds for run in measured for one in run.inputs))
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, grid = plt.subplots(
             2, len(kinds), figsize=(1 + 2.2 * len(kinds), 4.8), sharex=True, sharey="row", squeeze=False,
             layout="constrained",
@@ -153,14 +138,4 @@ def signals(measured: Sequence[Measured], treatment: Treatment) -> str:
         grid[0, 0].plot([], [], ":", color="gray", label="per row (token)")
         handles = [*grid[1, 0].get_legend_handles_labels()[0], *grid[0, 0].get_legend_handles_labels()[0]]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
-        return _svg(figure)
-
-
-def _svg(figure: Any) -> str:
-    """Without a prologue and without metadata, so that it can stand in HTML as it is."""
-    file = io.StringIO()
-    none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", metadata=none)
-    plt.close(figure)
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+        return svg(figure)

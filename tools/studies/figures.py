@@ -1,42 +1,27 @@
-"""The pictures of a report, as SVG: readable on white, and for the colour-blind.
+"""The pictures of a report.
 
 Arms differ by colour; where a study has several factors, the one with the fewest choices has a panel for each instead.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from math import isfinite
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from pretrain.run import RunFolder
+from tools.picture import COLORS, LINES, color, styled, svg
 from tools.studies.choosing import scores
 from tools.studies.grid import Arm, Study, Tuned, named
 from tools.studies.outcomes import Result
 from tools.studies.verdict import Verdict, tokens
 
-# Okabe and Ito's palette (jfly.uni-koeln.de/color), its yellow left out: it is too light for lines.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINES = ("-", "--", ":", "-.")  # once the colours are used up
 _POINTS = 150  # of a curve; more logged steps are averaged
 _BEGINNING = 0.1  # of a run: the loss falls so far in it that nothing else would be seen
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "svg.hashsalt": "study",  # the same figure is the same file
-}
 
 
 class Look(NamedTuple):
@@ -60,15 +45,15 @@ def looks(study: Study) -> tuple[list[str], dict[Arm, Look]]:
         if label not in labels:
             labels.append(label)
         number = labels.index(label)
-        color, line = _COLORS[number % len(_COLORS)], _LINES[number // len(_COLORS) % len(_LINES)]
-        found[arm] = Look(0 if split is None else panels.index(arm[split]), label, color, line)
+        line = LINES[number // len(COLORS) % len(LINES)]
+        found[arm] = Look(0 if split is None else panels.index(arm[split]), label, color(number), line)
     return panels, found
 
 
 def loss_curves(verdict: Verdict) -> str:
     """Training loss of the final runs over tokens: the mean over seeds, and from the least to the greatest seed."""
     panels, arms = looks(verdict.study)
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, axes = _panels(panels)
         seen = []
         for arm, look in arms.items():
@@ -90,7 +75,7 @@ def loss_curves(verdict: Verdict) -> str:
             ax.set_xlabel("tokens")
         axes[0].set_ylabel("training loss (nats per token)")
         _legend(figure, axes)
-        return _svg(figure)
+        return svg(figure)
 
 
 def sensitivity(verdict: Verdict, key: str) -> str:
@@ -107,7 +92,7 @@ def sensitivity(verdict: Verdict, key: str) -> str:
         worst = max(value for value in best if isfinite(value))  # every arm's best is shown
         span = max(0.3, worst - min(finite), min(max(finite) - min(finite), 3 * (median(finite) - min(finite))))
         bottom, top = min(finite) - 0.06 * span, min(finite) + 1.06 * span
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, axes = _panels(panels)
         for arm, look in arms.items():
             ax, line = axes[look.panel], lines[arm]
@@ -134,13 +119,13 @@ def sensitivity(verdict: Verdict, key: str) -> str:
         axes[0].plot([], [], "x", color="gray", label="diverged or stopped early")
         axes[0].plot([], [], "^", color="gray", markersize=5, label="above the edge")
         _legend(figure, axes)
-        return _svg(figure)
+        return svg(figure)
 
 
 def final_losses(verdict: Verdict) -> str:
     """A row for each arm: every final seed a dot, the mean and its interval a bar."""
     _, arms = looks(verdict.study)
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, ax = plt.subplots(figsize=(8, 0.9 + 0.34 * len(arms)), layout="constrained")
         for row, (arm, look) in enumerate(arms.items()):
             known = [result.loss for result in verdict.finals(arm) if result.loss is not None]
@@ -154,25 +139,25 @@ def final_losses(verdict: Verdict) -> str:
         ax.set_yticks(range(len(arms)), [named(arm) for arm in arms])
         ax.set_ylim(len(arms) - 0.4, -0.6)
         ax.set_xlabel("validation loss (nats per token)")
-        return _svg(figure)
+        return svg(figure)
 
 
 def differences(verdict: Verdict) -> str:
     """A row for each comparison: the mean difference and its interval, filled where p after Holm is below 0.05."""
     rows = [(one, one.test.difference) for one in verdict.comparisons if one.test is not None]
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, ax = plt.subplots(figsize=(8, 0.9 + 0.3 * len(rows)), layout="constrained")
         ax.axvline(0, color="black", linewidth=0.8)
         for row, (one, found) in enumerate(rows):
             assert found.low is not None
             assert found.high is not None
             filled = one.adjusted is not None and one.adjusted < 0.05
-            ax.plot([found.low, found.high], [row, row], color=_COLORS[0], linewidth=1.5)
-            ax.plot([found.mean], [row], "o", color=_COLORS[0], markerfacecolor=_COLORS[0] if filled else "white")
+            ax.plot([found.low, found.high], [row, row], color=COLORS[0], linewidth=1.5)
+            ax.plot([found.mean], [row], "o", color=COLORS[0], markerfacecolor=COLORS[0] if filled else "white")
         ax.set_yticks(range(len(rows)), [one.name for one, _ in rows])
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_xlabel("difference of validation loss (nats per token); to the left the first is better")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _panels(titles: Sequence[str]) -> tuple[Any, list[Any]]:
@@ -233,13 +218,3 @@ def _dot(ax: Any, x: float, result: Result, top: float | None, color: str) -> No
     elif result.is_over and top is not None:
         mark = "x" if result.loss is None else "^"
         ax.plot([x], [top], mark, color=color, markersize=6, clip_on=False, zorder=5)
-
-
-def _svg(figure: Any) -> str:
-    """Without a prologue and without metadata, so that it can stand in HTML as it is."""
-    file = io.StringIO()
-    none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", metadata=none)
-    plt.close(figure)
-    text = file.getvalue()
-    return text[text.index("<svg") :]
