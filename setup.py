@@ -28,6 +28,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19.8"],  # the second engine: ZeRO
         "convert": ["gguf>=0.19"],  # llama.cpp's files, dequantized
         "fp8": ["torchao>=0.18"],  # float8 training of linears, kept by PyTorch
+        "kernels": ["triton>=3.4"],  # fused kernels; PyTorch for CUDA brings its own
         "evaluate": [  # lm-evaluation-harness's tasks, and Hugging Face folders
             "lm_eval>=0.4.13",
             "accelerate>=1.15",  # its hf model imports it
@@ -50,6 +51,7 @@ setup(
             "lm_eval>=0.4.13",
             "accelerate>=1.15",
             "gguf>=0.19",
+            "triton>=3.4; platform_system == 'Linux'",  # interpreted, and compiled for GPUs that are not there
         ],
         "lint": ["ruff>=0.17", "mypy>=2", "types-PyYAML"],
     },

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import kernels
 from models.config import ModelConfig
+from models.norms import RMSNorm
 from models.plan import NormPlan
 from models.weights import build_linear
 
@@ -91,6 +93,8 @@ class KeyValues:
 class Attention(nn.Module):
     """``Wo . attn_mid(attention(query(Wq a), key(Wk a), value(Wv a)))`` for a [batch, length, width]."""
 
+    fused = False
+
     def __init__(self, config: ModelConfig, plan: NormPlan) -> None:
         super().__init__()
         self.head_width = config.head_width
@@ -115,13 +119,22 @@ class Attention(nn.Module):
             x = norm(x)
         return x.transpose(1, 2)
 
+    def _rotated(self, x: Tensor, norm: nn.Module | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """``_heads``, turned by their positions; in one pass with their norm where the kernels have it."""
+        if rotary is None:
+            return self._heads(x, norm)
+        if not self.fused or rotary[0].dim() > 2:  # rows have positions of their own where a cache is
+            return rotate(self._heads(x, norm), rotary)
+        if self.per_head and isinstance(norm, RMSNorm) and not kernels.is_watched(norm):
+            heads = x.unflatten(-1, (-1, self.head_width))
+            return kernels.rms_norm_rotate(heads, *rotary, norm.weight, norm.eps).transpose(1, 2)
+        return kernels.rotate(self._heads(x, norm).transpose(1, 2), *rotary).transpose(1, 2)
+
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, seen: KeyValues | None = None
     ) -> Tensor:
-        q, k = self._heads(self.q(x), self.query), self._heads(self.k(x), self.key)
+        q, k = self._rotated(self.q(x), self.query, rotary), self._rotated(self.k(x), self.key, rotary)
         v = self._heads(self.v(x), self.value)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
         if seen is not None:
             k, v = seen.append(k, v)
         y = attend(q, k, v, mask).transpose(1, 2).flatten(-2)

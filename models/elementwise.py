@@ -7,13 +7,15 @@ Settings of every one of them: ``alpha`` learned, fixed (at what ``model.alpha``
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.norms import affine, gain_parameter, register, wide
+from models import kernels
+from models.norms import affine, gain_parameter, register
+from models.precision import wide
 from models.roles import Role
 
 
@@ -27,6 +29,9 @@ class Elementwise(nn.Module):
     roles: ClassVar[dict[str, Role]] = {"weight": "gain", "bias": "shift", "alpha": "alpha", "shift": "shift"}
     has_beta: ClassVar[bool] = False
     has_shift: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True  # |f| never exceeds 1
+    kernel: ClassVar[str | None] = None  # what models.kernels calls the function, if they have it
+    fused = False
 
     def __init__(
         self,
@@ -48,7 +53,13 @@ class Elementwise(nn.Module):
         """The function itself, fp32 or fp64."""
         raise NotImplementedError
 
+    def settings(self) -> tuple[Any, ...]:
+        """What ``kernels.dyt`` needs to know beside x."""
+        return self.alpha, self.weight, self.bias, self.shift, self.kernel
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and self.kernel is not None:
+            return kernels.dyt(x, *self.settings())
         z = self.alpha * wide(x)
         return affine(self.f(z if self.shift is None else z + self.shift), self.weight, self.bias).to(x.dtype)
 
@@ -56,6 +67,8 @@ class Elementwise(nn.Module):
 @register("dyt")
 class DyT(Elementwise):
     """``tanh(z)`` (arXiv 2503.10622). The paper's LLaMA has no beta."""
+
+    kernel = "tanh"
 
     def f(self, z: Tensor) -> Tensor:
         return torch.tanh(z)
@@ -66,6 +79,7 @@ class Derf(Elementwise):
     """``erf(z)`` (arXiv 2512.10938), with a scalar shift, initially 0, and a beta."""
 
     has_beta = has_shift = True
+    kernel = "erf"
 
     def f(self, z: Tensor) -> Tensor:
         return torch.erf(z)
@@ -119,6 +133,8 @@ class ISRU(Elementwise):
 @register("identity")
 class Identity(Elementwise):
     """``z``: nothing bounds it. The DyT paper's ablation, in which training failed (arXiv 2503.10622, section 6)."""
+
+    bounded = False
 
     def f(self, z: Tensor) -> Tensor:
         return z

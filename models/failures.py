@@ -50,6 +50,11 @@ def _of_functions(config: ModelConfig, functions: Mapping[str, str]) -> Iterator
             f"identity at {', '.join(unbounded)} bounds nothing, and training failed with it in the DyT paper "
             "(arXiv 2503.10622, section 6): write another function"
         )
+    if "final" in functions and config.width < 1024:
+        yield (
+            f"{functions['final']} before the head of width {config.width}: all of the gradient passes through it, and "
+            "at width 128 that costs more than anything else (docs/results.md): write --model.sites.final none"
+        )
     both = len({site in ATTENTION_SITES for site in functions}) == 2
     if both and config.alpha.rule == "constant" and config.width >= 2048:
         yield (

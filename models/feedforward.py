@@ -7,6 +7,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import kernels
 from models.config import ModelConfig
 from models.plan import NormPlan
 from models.weights import build_linear
@@ -18,6 +19,8 @@ class FeedForward(nn.Module):
     llama: ``silu(mlp_act(Wgate m)) * Wup m`` in place of ``act(…)`` (arXiv 2002.05202); gpt: GELU's tanh form, as GPT-2
     has it.
     """
+
+    fused = False
 
     def __init__(self, config: ModelConfig, plan: NormPlan) -> None:
         super().__init__()
@@ -34,7 +37,10 @@ class FeedForward(nn.Module):
         z = up if self.gate is None else self.gate(x)
         if self.mlp_act is not None:
             z = self.mlp_act(z)
-        h = F.gelu(z, approximate="tanh") if self.gate is None else F.silu(z) * up
+        if self.gate is None:
+            h = F.gelu(z, approximate="tanh")
+        else:
+            h = kernels.silu_mul(z, up) if self.fused else F.silu(z) * up
         if self.mlp_mid is not None:
             h = self.mlp_mid(h)
         return self.down(h)

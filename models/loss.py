@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target with this value is none, as in torch.nn.functional.cross_entropy
+from models.kernels import IGNORE, cross_entropy_, cross_entropy_twin
+
+__all__ = ["IGNORE", "cross_entropy_sum"]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int, train: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int, train: bool, fused: bool
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         nll = torch.zeros((), dtype=wide, device=hidden.device)
@@ -30,22 +32,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(hidden), chunk):
             rows = hidden[begin : begin + chunk]
             target = targets[begin : begin + chunk]
-            valid = target.ne(IGNORE)
-            target = target.where(valid, 0).unsqueeze(1)
-            logits = F.linear(rows, low).to(wide)
-            own = logits.gather(1, target)
-            peak = logits.amax(dim=1, keepdim=True)
-            grad = logits.sub_(peak).exp_()  # one exponential serves the loss and the gradient
-            total = grad.sum(dim=1, keepdim=True)
-            log_z = peak + total.log()
-            nll += ((log_z - own).squeeze(1) * valid).sum()
-            z += (log_z.squeeze(1).square() * valid).sum()
+            if fused:
+                grad = F.linear(rows, low)
+                own, log_z_squared = cross_entropy_(grad, target, z_loss, train)
+            else:
+                own, log_z_squared, grad = cross_entropy_twin(F.linear(rows, low), target, z_loss, train)
+            nll += own.sum()
+            z += log_z_squared.sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            # d/dlogits of (log_z - own) + z_loss * log_z^2
-            grad *= valid.unsqueeze(1) * (1 + 2 * z_loss * log_z) / total
-            grad.scatter_add_(1, target, -valid.unsqueeze(1).to(wide))
-            grad = grad.to(hidden.dtype)
             torch.mm(grad, low, out=grad_hidden[begin : begin + chunk])
             if wide == hidden.dtype:
                 grad_weight.addmm_(grad.T, rows)
@@ -59,17 +54,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad * grad_hidden).to(grad_hidden.dtype), grad * grad_weight, None, None, None, None
+        return (grad * grad_hidden).to(grad_hidden.dtype), grad * grad_weight, None, None, None, None, None
 
 
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, chunk: int = 2048
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, chunk: int = 2048, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of ``softmax(hidden @ weight.T)`` against the targets.
+    """Summed loss of ``softmax(hidden @ weight.T)`` against the targets; ``fused``: by the kernel.
 
     ``hidden`` [tokens, width] in the compute dtype, ``weight`` [vocabulary, width] in fp32, ``targets`` int64
     [tokens] with ``IGNORE`` for none. Returns the differentiable objective (nats, plus
     ``z_loss * sum(log Z ** 2)``, PaLM's z-loss, arXiv 2204.02311) and the plain negative log-likelihood (nats), both
     fp32 scalars summed, not averaged, over the targets.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, z_loss, chunk, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, z_loss, chunk, torch.is_grad_enabled(), fused)

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import kernels
 from models.errors import ConfigError, nearest
+from models.precision import wide
 from models.roles import Role
 
 NORMS: dict[str, type[nn.Module]] = {}
@@ -43,11 +45,6 @@ def build_norm(name: str, features: int, settings: Mapping[str, Any], site: str)
         if key not in accepted:
             raise ConfigError(f"model.sites.{site}: {name} has no setting {key!r}; {nearest(key, accepted)}")
     return NORMS[name](features, **settings)
-
-
-def wide(x: Tensor) -> Tensor:
-    """``x`` in fp32 if it is narrower."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def gain_parameter(features: int, present: bool) -> nn.Parameter | None:
@@ -88,6 +85,7 @@ class RMSNorm(nn.Module):
     """``gain * x / sqrt(mean(x^2) + eps)`` (arXiv 1910.07467)."""
 
     roles: ClassVar[dict[str, Role]] = {"weight": "gain"}
+    fused = False
 
     def __init__(self, features: int, *, eps: float, gain: bool = True) -> None:
         super().__init__()
@@ -95,6 +93,8 @@ class RMSNorm(nn.Module):
         self.weight = gain_parameter(features, gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return kernels.rms_norm(x, self.weight, self.eps)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _RMSNormOnCPU.apply(wide(x), self.weight, self.eps).to(x.dtype)
         return F.rms_norm(wide(x), x.shape[-1:], self.weight, self.eps).to(x.dtype)

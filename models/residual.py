@@ -25,9 +25,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from models import kernels
 from models.config import ModelConfig
+from models.elementwise import Elementwise
 from models.errors import ConfigError
-from models.norms import wide
+from models.norms import RMSNorm
+from models.precision import wide
 from models.roles import Role
 
 LEARNED = ("rezero", "skipinit", "fixup", "layerscale", "nf")
@@ -95,3 +98,24 @@ def build_residual(scheme: str, config: ModelConfig, index: int) -> Residual | N
     if config.residual.constant is not None and not (0 < config.residual.constant < math.inf):
         raise ConfigError(f"model.residual.constant is {config.residual.constant}: write a positive number")
     return None if scheme == "plain" else Residual(scheme, config, index)
+
+
+def join_fused(x: Tensor, y: Tensor, out: nn.Module | None, into: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """The plain stream ``s = x + out(y)`` and ``into(s)``, what the next branch reads, in as few passes over them as
+    models/kernels has.
+
+    The end of a block is the end of a pass: were the next block's norm drawn in, a block would have two inputs, and
+    activation checkpointing twice as much to keep. A norm with hooks is called by itself.
+    """
+    before = out if isinstance(out, RMSNorm) and not kernels.is_watched(out) else None
+    if before is None and out is not None:
+        y = out(y)
+    if into is not None and not kernels.is_watched(into):
+        if isinstance(into, RMSNorm) and before is not None:
+            return kernels.rms_norm_add_rms_norm(x, y, before.weight, before.eps, into.weight, into.eps)
+        if isinstance(into, RMSNorm):
+            return kernels.add_rms_norm(x, y, into.weight, into.eps)
+        if isinstance(into, Elementwise) and into.kernel is not None and before is None:
+            return kernels.add_dyt(x, y, *into.settings())
+    s = x + y if before is None else kernels.rms_norm_add(x, y, before.weight, before.eps)
+    return s, s if into is None else into(s)

@@ -13,7 +13,7 @@ from models.config import ModelConfig
 from models.feedforward import FeedForward
 from models.loss import cross_entropy_sum
 from models.plan import NormPlan, resolve_plan
-from models.residual import build_residual
+from models.residual import build_residual, join_fused
 from models.roles import Role
 
 
@@ -24,6 +24,8 @@ def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
 class Block(nn.Module):
     """``x = attn_post(x + attn_out(attention(attn_in(x))))``, then ``mlp_post(x + mlp_out(feedforward(mlp_in(x))))``,
     where residual.py may have other sums."""
+
+    fused = False
 
     def __init__(self, config: ModelConfig, plan: NormPlan, index: int) -> None:
         super().__init__()
@@ -38,6 +40,10 @@ class Block(nn.Module):
         self.residual = build_residual(plan.residual, config, index)
         self.dropout = config.dropout
 
+    @property
+    def _has_plain_joints(self) -> bool:
+        return self.residual is None and self.attn_post is None and self.mlp_post is None and not self.dropout
+
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
@@ -51,6 +57,9 @@ class Block(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, seen: KeyValues | None = None
     ) -> Tensor:
         a = self.attention(_through(self.attn_in, self._enter(x, 0)), rotary, mask, seen)
+        if self.fused and self._has_plain_joints:
+            x, m = join_fused(x, a, self.attn_out, self.mlp_in)
+            return join_fused(x, self.feedforward(m), self.mlp_out, None)[0]
         x = self._join(x, self._drop(_through(self.attn_out, a)), 0)
         x = _through(self.attn_post, x)
         m = self.feedforward(_through(self.mlp_in, self._enter(x, 1)))
@@ -95,6 +104,7 @@ class Transformer(nn.Module):
     """Tokens -> logits, or tokens and targets -> summed loss."""
 
     roles: ClassVar[dict[str, Role]] = {"embedding_scale": "scale", "head.weight": "head"}
+    fused = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -152,7 +162,7 @@ class Transformer(nn.Module):
         weight = self._head_weight()
         if targets is None:
             return F.linear(x, weight)
-        return cross_entropy_sum(x.flatten(0, 1), weight, targets.flatten(), z_loss, loss_chunk)
+        return cross_entropy_sum(x.flatten(0, 1), weight, targets.flatten(), z_loss, loss_chunk, self.fused)
 
     def extend(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits [batch, vocabulary] of what follows ``tokens`` int64 [batch, length], which go on from those that

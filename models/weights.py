@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.norms import wide
+from models.precision import wide
 from models.roles import Role
 
 

@@ -71,6 +71,11 @@ class TrainConfig:
     rollback: RollbackConfig = setting(RollbackConfig, "back before a loss spike that lasts, and past its data")
     z_loss: float = setting(0.0, "coefficient of the mean squared log-partition function (PaLM: 1e-4)")
     loss_chunk: int = setting(2048, "tokens whose logits exist at once", unit="tokens")
+    kernels: Literal["auto", "triton", "torch"] = setting(
+        "auto",
+        "fused kernels for norms with what stands beside them, rotary positions, SwiGLU and cross-entropy; triton: "
+        "those of models/kernels; torch: none, PyTorch's own operations; auto: triton on a GPU that has it, else torch",
+    )
     compile: bool = setting(False, "torch.compile every block")
     activation_checkpointing: Literal["none", "full", "selective"] = setting(
         "none",
@@ -189,6 +194,11 @@ class PrecisionConfig:
     )
     fp8: Literal["none", "tensorwise", "rowwise", "mxfp8"] = setting(
         "none", "the blocks' matrix products in 8 bits, with a scale for each tensor, row, or 32 values"
+    )
+    fp8_input_scale: Literal["dynamic", "bound"] = setting(
+        "dynamic",
+        "scale of 8-bit inputs, for fp8 tensorwise; dynamic: of the largest magnitude in the data; bound: where DyT or "
+        "its like writes them, of gain + beta, which they never exceed, without a look at the data",
     )
     fp8_skip: list[str] = setting(
         list, "linears that stay in the compute type: names or parts of them, e.g. [attention.out]"

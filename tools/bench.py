@@ -1,202 +1,275 @@
-"""Throughput of a configuration's training step beside nanoGPT's, or another configuration's, on this machine.
+"""Speed beside other people's and beside what the machine allows, in one run: medians and spread over rounds.
 
-    python -m tools.bench configs/tiny.yaml --pairs 7 --steps 5 --output bench.jsonl
-    python -m tools.bench configs/tiny.yaml --model.plan llama --against configs/tiny.yaml
-    python -m tools.bench configs/tiny.yaml --log.inspect_every 100 --against configs/tiny.yaml --steps 100
+    python -m tools.bench model configs/tiny.yaml --against nanogpt,hf --variants fp32 fp32+compile
+    python -m tools.bench model configs/tiny.yaml --plans llama,dnt,dyt
+    python -m tools.bench model configs/tiny.yaml --log.inspect_every 100 --against configs/tiny.yaml --steps 100
+    python -m tools.bench data configs/tiny.yaml
+    python -m tools.bench checkpoint configs/tiny.yaml
+    python -m tools.bench startup configs/tiny.yaml --against hf,nanogpt
+    python -m tools.bench profile configs/tiny.yaml
+    python -m tools.bench kernels --against liger
+    python -m tools.bench gpu --minutes 10 --output gpu
 
-All that is compared is alive at once and takes turns, so that what else the machine does falls on all alike; a ratio
-is of two measurements in the same round. A step is all that training does in it: the loader's batch, forward,
-backward, clipping, update. Against nanoGPT (tools/nanogpt.py) each precision, eager and compiled, has two contenders:
-the configuration's own model and optimizer, and "stack", nanoGPT's model on our trunk with AdamW, whose ratio shows
-what loss, loader and optimizer give at an identical parameter count; only GELU's form differs (tanh or exact). Sizes,
-micro-batches and data are the configuration's for all. The third command measures what log.inspect costs, the
-writing of it included: each of its rounds has one inspected step.
+All that is compared takes turns after a round of warming up, so that what else the machine does falls on all alike;
+a ratio is of two measurements in the same round. With --output, results.json, table.md and picture.svg are written
+into a folder, over those of an earlier measurement. `python -m tools.bench model --help` has the options of one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch._dynamo
-from rich.console import Console
-from rich.progress import Progress
 
 from models.errors import ConfigError, nearest
 from pretrain.cli import load
 from pretrain.config import RunConfig
 from pretrain.data import open_source
-from pretrain.distributed import joined
-from pretrain.run import environment
+from pretrain.distributed import World, joined
+from pretrain.telemetry import memory_gb
 from pretrain.trainer import resolve_vocabulary
+from tools.benching import checkpoint, data, gpu, kernels, model, profile, startup
+from tools.benching.contenders import PEERS, VARIANTS, lineup, variant_of
+from tools.benching.machine import describe
+from tools.benching.operations import CASES, Shapes, check_names
+from tools.benching.report import Report, Table, require_pictures
 from tools.command import run
-from tools.contenders import VARIANTS, Contender, of_two, variant_of, with_nanogpt
-
-_WARMUP = 2  # steps before the first round: compilation, allocations, the optimizer's state
-_SETTLE = 1  # untimed steps at each turn: caches, and the loader's queue, which filled up while others had theirs
+from tools.formats.lazy import DTYPES
 
 
-def measure(contenders: Sequence[Contender], pairs: int, steps: int, device: torch.device) -> np.ndarray:
-    """Tokens per second, fp64 [contenders, pairs]; a column is a round in which each had its turn."""
-    rates = np.empty((len(contenders), pairs))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(contenders) * (pairs + 1))
-        for turn in range(-1, pairs):
-            for i, contender in enumerate(contenders):
-                stage = f"round {turn + 1} of {pairs}" if turn >= 0 else "warming up"
-                progress.update(task, description=f"{stage}: {contender.variant} {contender.name}")
-                for _ in range(_SETTLE if turn >= 0 else _WARMUP):
-                    contender.steps.step()
-                _wait(device)
-                if turn >= 0:
-                    began = time.perf_counter()
-                    for _ in range(steps):
-                        contender.steps.step()
-                    _wait(device)
-                    rates[i, turn] = steps * contender.tokens / (time.perf_counter() - began)
-                progress.advance(task)
-    return rates
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def table(contenders: Sequence[Contender], rates: np.ndarray) -> list[str]:
-    """A line for each contender: medians over the rounds with their spread, and ratios to its base, round by round."""
-    lines = [
-        f"{'variant':<13}{'parameters':>14}{'tokens/s':>12}{'quartiles':>22}{'min to max':>22}{'ratio':>8}"
-        f"{'min to max':>17}  contender"
-    ]
-    for contender, rate in zip(contenders, rates, strict=True):
-        low, first, middle, third, high = np.percentile(rate, (0, 25, 50, 75, 100))
-        ratio = rate / rates[contender.base]
-        lines.append(
-            f"{contender.variant:<13}{contender.parameters:>14,}{middle:>12,.0f}{f'{first:,.0f} to {third:,.0f}':>22}"
-            f"{f'{low:,.0f} to {high:,.0f}':>22}{np.median(ratio):>8.3f}"
-            f"{f'{ratio.min():.3f} to {ratio.max():.3f}':>17}  {contender.name}"
-        )
-    return lines
-
-
-def as_shipped(
-    contenders: Sequence[Contender], rates: np.ndarray, name: str, variant: str, device: torch.device
-) -> list[str]:
-    """The configuration as it stands against nanoGPT as its README runs it on such a device, if both were measured:
-    fp32 without compilation on a CPU, bf16 with it on a GPU."""
-    shipped = "bf16+compile" if device.type == "cuda" else "fp32"
-    places = {(c.name, c.variant): i for i, c in enumerate(contenders)}
-    mine, theirs = places.get((name, variant)), places.get(("nanogpt", shipped))
-    if mine is None or theirs is None:
-        return []
-    ratio = rates[mine] / rates[theirs]
-    return [
-        f"{name} as it says ({variant}) to nanogpt as it runs on {device.type} ({shipped}): "
-        f"{np.median(ratio):.3f} ({ratio.min():.3f} to {ratio.max():.3f})"
-    ]
-
-
-def record(contenders: Sequence[Contender], rates: np.ndarray) -> list[dict[str, Any]]:
-    """What --output gets of each contender; ``rates`` as ``measure`` gives them."""
-    return [
-        {
-            "name": contender.name,
-            "variant": contender.variant,
-            "parameters": contender.parameters,
-            "tokens_per_step": contender.tokens,
-            "tokens_per_second": [round(x, 1) for x in rate.tolist()],
-            "ratio": [round(x, 4) for x in (rate / rates[contender.base]).tolist()],
-            "base": contender.base,
-        }
-        for contender, rate in zip(contenders, rates, strict=True)
-    ]
-
-
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the rest, which are the configuration's overrides."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench",
-        usage="%(prog)s CONFIG.yaml [--section.key value ...] [options]",
-        description="Throughput of a configuration's training step beside nanoGPT's or another configuration's.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what to measure, as for python -m pretrain")
-    parser.add_argument(
-        "--against", default="nanogpt", metavar="WHAT", help="nanogpt (default), or another configuration file"
-    )
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        metavar="NAME",
-        help=f"of {', '.join(VARIANTS)} (default: all against nanogpt, else what the configurations say)",
-    )
-    parser.add_argument("--pairs", type=int, default=7, metavar="N", help="rounds of measurements (default 7)")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps in each (default 5)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the results as one JSON object")
-    options, overrides = parser.parse_known_args(arguments)
-    for name in ("pairs", "steps"):
-        if getattr(options, name) < 1:
+def main(arguments: Sequence[str]) -> None:
+    options, overrides = _parser().parse_known_args(arguments)
+    if overrides and "config" not in options:
+        name = options.benchmark
+        raise ConfigError(f"{name} has no option {overrides[0]}: see python -m tools.bench {name} --help")
+    for name in ("rounds", "steps", "batches", "minutes", "limit"):
+        if name in options and not getattr(options, name) > 0:
             raise ConfigError(f"--{name} is {getattr(options, name)}: write a positive number")
-    for variant in options.variants or ():
+    _check_names(options)
+    require_pictures(options.output)
+    # A model beyond dynamo's limit of recompilations would run eagerly and be reported as compiled.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    measure: Callable[[argparse.Namespace, list[str]], None] = options.measure
+    try:
+        measure(options, overrides)
+    except torch.OutOfMemoryError as error:
+        fewer = "lower train.micro_batch, or compare fewer at once"
+        raise ConfigError(f"out of memory: {str(error).splitlines()[0]} {fewer}") from None
+
+
+def _check_names(options: argparse.Namespace) -> None:
+    """What is compared in ``model``, before anything is opened."""
+    for variant in getattr(options, "variants", None) or ():
         if variant not in VARIANTS:
             raise ConfigError(f"--variants: there is no variant {variant!r}; {nearest(variant, VARIANTS)}")
-    if options.against != "nanogpt" and not options.against.endswith((".yaml", ".yml")):
-        raise ConfigError(f"--against is {options.against!r}: write nanogpt, or the name of a .yaml file")
-    return options, overrides
+    for other in (options.against or ()) if options.benchmark == "model" else ():
+        if other not in PEERS and not other.endswith((".yaml", ".yml")):
+            raise ConfigError(f"--against: there is no {other!r}; {nearest(other, PEERS)}, or name a .yaml file")
 
 
-def open_config(path: Path, overrides: Sequence[str]) -> RunConfig:
+def open_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """A configuration whose vocabulary is known and whose data is checked."""
     config = load(path, overrides)
     return resolve_vocabulary(config, open_source(config.data, config.seed).vocabulary)
 
 
-def main(arguments: Sequence[str]) -> None:
-    options, overrides = parse(arguments)
-    config = open_config(options.config, overrides)
+def _report(
+    options: argparse.Namespace,
+    world: World,
+    subject: str,
+    tables: Sequence[Table],
+    notes: Sequence[str] = (),
+    **settings: Any,
+) -> None:
+    if world.is_main:
+        settings |= {"device": world.device.type}
+        Report(f"{options.benchmark} of {subject}", describe(world), settings, tables, notes).give(options.output)
+
+
+def _one_process(world: World) -> None:
+    if world.size > 1:
+        raise ConfigError("this benchmark is of one process: start it without torchrun")
+
+
+def _named(options: argparse.Namespace, overrides: Sequence[str]) -> str:
+    return " ".join([str(options.config), *overrides])
+
+
+def _model(options: argparse.Namespace, overrides: list[str]) -> None:
+    config, name = open_config(options.config, overrides), _named(options, overrides)
     every = config.log.inspect_every
     if every and options.steps % every:
         near = max(1, round(options.steps / every)) * every
         raise ConfigError(
             f"--steps is {options.steps}: with log.inspect_every {every} write a multiple of it, as {near}"
         )
-    name = " ".join([str(options.config), *overrides])
-    # A model beyond dynamo's limit of recompilations would run eagerly and be reported as compiled.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    own = [(name, config)]
+    if options.plans:
+        own = [(plan, replace(config, model=replace(config.model, plan=plan))) for plan in options.plans]
+    against = options.against if options.against is not None else [] if options.plans else ["nanogpt"]
+    others = [(other, None if other in PEERS else open_config(Path(other))) for other in against]
     with joined(config.device) as world, ExitStack() as opened:
-        if world.size > 1:
-            raise ConfigError("a benchmark is of one process: start it without torchrun")
-        if options.against == "nanogpt":
-            built = with_nanogpt(config, name, options.variants or list(VARIANTS), world)
-        else:
-            other = open_config(Path(options.against), ())
-            built = of_two(config, name, other, options.against, options.variants or [], world)
+        _one_process(world)
         contenders = []
-        for contender in built:
+        for contender in lineup(own, others, options.variants or [], world):
             opened.callback(contender.steps.close)
             contenders.append(contender)
-        rates = measure(contenders, options.pairs, options.steps, world.device)
-        threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
-        print(f"{options.pairs} rounds of {options.steps} steps on {world.device.type}{threads}")
-        for line in table(contenders, rates) + as_shipped(contenders, rates, name, variant_of(config), world.device):
-            print(line)
-        if options.output is not None:
-            rounds = {"pairs": options.pairs, "steps": options.steps}
-            result = {**environment(world), **rounds, "contenders": record(contenders, rates)}
-            try:
-                with options.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
-            except OSError as error:
-                raise ConfigError(f"cannot write {options.output}: {error.strerror}") from None
+        turns = model.measure(contenders, options.rounds, options.steps, world.device)
+        tables = [model.speed_table(contenders, turns, options.steps, world.device)]
+        if model.pairs(contenders):
+            tables.append(model.ratio_table(contenders, model.rates(contenders, turns, options.steps)))
+        notes = model.remarks(contenders, turns, options.steps, variant_of(config), world.device)
+        notes.append(f"most memory of all together: {memory_gb(world.device):.1f} GB")
+        _report(options, world, name, tables, notes, rounds=options.rounds, steps=options.steps)
+
+
+def _data(options: argparse.Namespace, overrides: list[str]) -> None:
+    config = open_config(options.config, overrides)
+    with joined(config.device) as world:
+        _one_process(world)
+        found = data.measure(config, world, options.rounds, options.batches, options.steps)
+        counts = {"rounds": options.rounds, "batches": options.batches, "steps": options.steps}
+        _report(options, world, _named(options, overrides), *data.tables(config, found), **counts)
+
+
+def _checkpoint(options: argparse.Namespace, overrides: list[str]) -> None:
+    config = open_config(options.config, overrides)
+    with joined(config.device) as world, tempfile.TemporaryDirectory(dir=_folder(options)) as own:
+        shared = [own]
+        if world.size > 1:
+            torch.distributed.broadcast_object_list(shared, group=world.control)
+        costs = checkpoint.measure(config, world, Path(shared[0]), options.rounds, options.steps)
+        tables = checkpoint.tables(costs) if world.is_main else []
+        settings = {"rounds": options.rounds, "ranks": world.size}
+        _report(options, world, _named(options, overrides), tables, **settings)
+
+
+def _startup(options: argparse.Namespace, overrides: list[str]) -> None:
+    against = list(startup.PEERS) if options.against is None else options.against
+    startup.check_peers(against)
+    config = open_config(options.config, overrides)
+    with joined(config.device) as world, tempfile.TemporaryDirectory(dir=_folder(options)) as own:
+        _one_process(world)
+        found = startup.measure(config, world.device.type, against, Path(own), options.rounds, options.limit)
+        _report(options, world, _named(options, overrides), [found], rounds=options.rounds)
+
+
+def _profile(options: argparse.Namespace, overrides: list[str]) -> None:
+    config = open_config(options.config, overrides)
+    with joined(config.device) as world:
+        _one_process(world)
+        found = profile.measure(config, world, options.steps)
+        notes = [f"a step takes {1e3 * found.plain:.4g} ms, {1e3 * found.profiled:.4g} ms under the profiler"]
+        _report(
+            options,
+            world,
+            _named(options, overrides),
+            [profile.table(found, profile.limits(config, world.device))],
+            notes,
+            steps=options.steps,
+        )
+
+
+def _kernels(options: argparse.Namespace, overrides: list[str]) -> None:
+    names = options.only or list(CASES)
+    check_names(names)
+    for other in options.against or []:
+        if other != "liger":
+            raise ConfigError(f"--against is {other!r}: kernels are measured against liger")
+    sizes = {field.name: getattr(options, field.name) for field in fields(Shapes)}
+    shapes = Shapes(**sizes | {"dtype": DTYPES[options.dtype]})
+    with joined(options.device) as world:
+        tables = list(kernels.measure(names, shapes, world.device, options.rounds, bool(options.against)))
+        settings = sizes | {"rounds": options.rounds}
+        _report(options, world, "models/kernels", tables, **settings)
+
+
+def _gpu(options: argparse.Namespace, overrides: list[str]) -> None:
+    folder = options.output or Path("gpu-bench")
+    gpu.run(folder, options.minutes, options.dry_run)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"results: {folder}", file=sys.stderr)
+
+
+def _folder(options: argparse.Namespace) -> str | None:
+    if options.folder is not None and not options.folder.is_dir():
+        raise ConfigError(f"--folder {options.folder} is no folder: make it, on the disk to measure")
+    return options.folder
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench",
+        usage="%(prog)s BENCHMARK [CONFIG.yaml] [--section.key value ...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    several = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", prog="python -m tools.bench", required=True)
+
+    def benchmark(name: str, measure: Callable[..., None], what: str, rounds: int | None = 5) -> Callable[..., Any]:
+        own = several.add_parser(name, help=what, description=what, allow_abbrev=False)
+        own.set_defaults(measure=measure)
+        if name not in ("kernels", "gpu"):
+            own.add_argument(
+                "config", type=Path, metavar="CONFIG.yaml", help="as for python -m pretrain, overrides too"
+            )
+        if rounds is not None:
+            text = f"rounds of measurements (default {rounds})"
+            own.add_argument("--rounds", type=int, default=rounds, metavar="N", help=text)
+        own.add_argument(
+            "--output", type=Path, metavar="FOLDER", help="results.json, table.md and picture.svg go there"
+        )
+        return own.add_argument
+
+    def steps(add: Callable[..., Any], default: int = 5) -> None:
+        add("--steps", type=int, default=default, metavar="N", help=f"training steps in a turn (default {default})")
+
+    add = benchmark("model", _model, "training steps: tokens per second, MFU, the loader's share, ratios", 7)
+    what = f"some of {', '.join(PEERS)}, or configuration files (default nanogpt, with --plans none)"
+    add("--against", type=_names, metavar="A,B,...", help=what)
+    add("--plans", type=_names, metavar="A,B,...", help="the configuration under several plans, held against the first")
+    what = f"of {', '.join(VARIANTS)} (default: as the configurations say)"
+    add("--variants", nargs="+", metavar="NAME", help=what)
+    steps(add)
+    add = benchmark("data", _data, "the loader alone, beside what the model needs and nanoGPT's memory map")
+    add("--batches", type=int, default=100, metavar="N", help="batches in a loader's turn (default 100)")
+    steps(add)
+    add = benchmark("checkpoint", _checkpoint, "saves and loads, beside torch.save and safetensors; under torchrun too")
+    add("--folder", type=Path, metavar="FOLDER", help="on the disk to measure (default: where temporary files go)")
+    steps(add, 6)
+    add = benchmark(
+        "startup", _startup, "from the command to the first step, and from a restart, beside peers' scripts"
+    )
+    add("--against", type=_names, metavar="A,B,...", help=f"of {', '.join(startup.PEERS)} (default both)")
+    add("--folder", type=Path, metavar="FOLDER", help="for the runs (default: where temporary files go)")
+    add("--limit", type=float, default=600, metavar="S", help="seconds that a process may take (default 600)")
+    add = benchmark("profile", _profile, "where a step's time goes, by family of operation", None)
+    steps(add)
+    add = benchmark("kernels", _kernels, "every fused kernel, forward and backward, beside eager, compiled and Liger")
+    add("--against", type=_names, metavar="liger", help="Liger's kernels, where it has them")
+    add("--only", type=_names, metavar="A,B,...", help="some of the kernels (default all)")
+    for size in fields(Shapes):
+        if size.name != "dtype":
+            add(f"--{size.name}", type=int, default=size.default, metavar="N", help=f"(default {size.default})")
+    add("--dtype", choices=DTYPES, default="bf16", help="(default bf16)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
+    add = benchmark("gpu", _gpu, "all that one GPU is asked, within some minutes, each part a process of its own", None)
+    add("--minutes", type=float, default=10, metavar="N", help="for all of it (default 10)")
+    add("--dry-run", action="store_true", help="every part at toy size on the CPU")
+    return parser
 
 
 if __name__ == "__main__":

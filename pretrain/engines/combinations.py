@@ -70,6 +70,11 @@ def _impossible(config: RunConfig, world: World) -> Iterator[str]:
             f"precision.fp8 {precision.fp8} with linears whose weights are {weights} (model.weights, or the plan's): "
             "8-bit linears take weights as they are; write --precision.fp8 none, or --model.weights plain"
         )
+    if precision.fp8_input_scale == "bound" and precision.fp8 not in ("none", "tensorwise"):
+        yield (
+            f"precision.fp8_input_scale bound with precision.fp8 {precision.fp8}, whose scales are of rows or parts of "
+            "them: write --precision.fp8 tensorwise, or --precision.fp8_input_scale dynamic"
+        )
     if precision.fp8 != "none" and precision.compute != "bf16" and world.device.type == "cuda":
         yield (
             f"precision.fp8 {precision.fp8} with precision.compute fp32: a GPU's 8-bit products give bf16; write "
@@ -110,6 +115,8 @@ def unheeded(config: RunConfig) -> list[str]:
     ]
     if precision.fp8 == "none" and (precision.fp8_skip or precision.fp8_skip_first or precision.fp8_skip_last):
         lines.append("precision.fp8_skip, fp8_skip_first and fp8_skip_last do nothing where precision.fp8 is none")
+    if precision.fp8 == "none" and precision.fp8_input_scale != "dynamic":
+        lines.append("precision.fp8_input_scale does nothing where precision.fp8 is none")
     if config.log.inspect is not None and not config.log.inspect_every:
         lines.append("log.inspect does nothing where log.inspect_every is 0")
     rule = resolve_plan(config.model).init

@@ -12,16 +12,21 @@ from torch import nn
 from models.errors import ConfigError
 
 
-def require_compiler(device: torch.device) -> None:
-    """torch.compile builds C++ on a CPU and, through Triton, a launcher in C on a GPU."""
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks to build C++ on a CPU, and Triton to build a launcher in C on a GPU; None if nothing."""
     if device.type == "cuda":
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     else:
         names = [os.environ.get("CXX", "g++")]
-    if not any(shutil.which(shlex.split(name)[0]) for name in names):  # CXX may be "ccache g++"
-        raise ConfigError(
-            f"train.compile needs {' or '.join(names)}, which is not here: install it, or write --train.compile false"
-        )
+    found = any(shutil.which(shlex.split(name)[0]) for name in names)  # CXX may be "ccache g++"
+    return None if found else " or ".join(names)
+
+
+def require_compiler(device: torch.device) -> None:
+    """ConfigError without one."""
+    lack = missing_compiler(device)
+    if lack is not None:
+        raise ConfigError(f"train.compile needs {lack}, which is not here: install it, or write --train.compile false")
 
 
 def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:

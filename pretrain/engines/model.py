@@ -19,6 +19,8 @@ from pretrain.distributed import World
 from pretrain.engines.combinations import refuse_impossible, unheeded
 from pretrain.engines.compiling import compile_blocks, require_compiler
 from pretrain.engines.float8 import convert_linears
+from pretrain.engines.float8_bound import bound_inputs
+from pretrain.engines.fusing import fuse_kernels
 from pretrain.engines.mesh import shard_size
 from pretrain.engines.recomputation import checkpoint_activations
 from pretrain.optimizers import NormGuard, alphas
@@ -43,6 +45,9 @@ class ModelEngine:
         group = shard_size(config.parallel, world) if sharded else 0
         gathering = 0 if config.parallel.cpu_offload else group
         self._float8 = convert_linears(self.model, config.precision, world.device, gathering)
+        bound = self._float8 and config.precision.fp8_input_scale == "bound"
+        self._bounded = bound_inputs(self.model, self._float8) if bound else []
+        self._kernels = fuse_kernels(self.model, config.train.kernels, world.device)
         checkpoint_activations(blocks, config.train)
         if config.train.compile:
             compile_blocks(blocks, world.device)
@@ -56,8 +61,8 @@ class ModelEngine:
 
     def describe(self) -> list[str]:
         """What the settings amount to, for the start of a run: a line each."""
-        float8 = describe_float8(self._config.precision.fp8, self._float8, self._world.device)
-        return [*float8, *unheeded(self._config)]
+        float8 = describe_float8(self._config.precision.fp8, self._float8, self._bounded, self._world.device)
+        return [*self._kernels, *float8, *unheeded(self._config)]
 
     def scale_alphas(self, factor: float) -> None:
         """Multiply every alpha, and keep it within ``optimizer.alpha.bounds``; no host synchronization."""
@@ -114,7 +119,7 @@ class ModelEngine:
         return seen
 
 
-def describe_float8(recipe: str, names: list[str], device: torch.device) -> list[str]:
+def describe_float8(recipe: str, names: list[str], bounded: list[str], device: torch.device) -> list[str]:
     """Which linears run in 8 bits: for each kind of linear, in which blocks."""
     if not names:
         return []
@@ -128,4 +133,6 @@ def describe_float8(recipe: str, names: list[str], device: torch.device) -> list
         whole = blocks == list(range(blocks[0], blocks[-1] + 1))
         where = f"{blocks[0]} to {blocks[-1]}" if whole and len(blocks) > 1 else ", ".join(map(str, blocks))
         lines.append(f"  {kind:<17}  blocks {where}")
+    if bounded:
+        lines.append(f"  inputs of {len(bounded)} of them are scaled by their bound, without a look at the data")
     return lines

@@ -97,19 +97,26 @@ def measure_matmul(
 ) -> float:
     """FLOP/s of the fastest product of two square matrices found in ``seconds``, shared by the ``sizes``.
 
-    Small ones are fastest on few busy cores, large ones on many.
+    Small ones are fastest on few busy cores, large ones on many; a GPU needs some thousands to be busy at all.
     """
-    assert device.type == "cpu", "other devices return before they have computed"
-    return max(_fastest_product(size, dtype, seconds / len(sizes)) for size in sizes)
+    return max(_fastest_product(device, size, dtype, seconds / len(sizes)) for size in sizes)
 
 
 @torch.no_grad()
-def _fastest_product(size: int, dtype: torch.dtype, seconds: float) -> float:
-    left, right = torch.ones(2, size, size, dtype=dtype)
-    left @ right  # the first one sets up threads and packs kernels
+def _fastest_product(device: torch.device, size: int, dtype: torch.dtype, seconds: float) -> float:
+    # Random numbers: a GPU multiplies constants faster, at less power. Not of the generator that dropout draws from.
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = torch.randn(2, size, size, dtype=torch.float32, device=device, generator=generator).to(dtype)
+
+    def product() -> None:
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    product()  # the first one sets up threads and packs kernels
     fastest = float("inf")
     end = time.perf_counter() + seconds
     while (start := time.perf_counter()) < end or fastest == float("inf"):
-        left @ right
+        product()
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * size**3 / fastest

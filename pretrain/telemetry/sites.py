@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from models.elementwise import Elementwise
-from models.norms import wide
+from models.precision import wide
 
 SATURATED = 0.95  # of the way from the middle of a function's range to a bound of it
 _FAR = 1e6  # where a bounded function has arrived at its bounds

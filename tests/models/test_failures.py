@@ -29,6 +29,7 @@ def test_the_papers_own_widths(width: int) -> None:
     assert lines(plan="dyt", width=width) == []
 
 
+SMALL = {"plan": "dyt", "width": 128, "heads": 4, "sites": {"final": "none"}, "init": InitConfig(std="fan_in")}
 FAILURES: list[tuple[dict[str, Any], list[str]]] = [
     ({"plan": "identity"}, ["identity at attn_in, mlp_in, final", "another function"]),
     ({"plan": "dyt", "embedding_scale": "none"}, ["embedding of std 0.02", "--model.embedding_scale learned"]),
@@ -37,8 +38,9 @@ FAILURES: list[tuple[dict[str, Any], list[str]]] = [
     ({"plan": "dyt", "init": InitConfig(rule="fixup")}, ["start at zero", "--model.init.rule standard"]),
     ({"plan": "dyt", "residual": ResidualConfig(scheme="rezero")}, ["rezero", "--model.residual.initial 1"]),
     ({"plan": "dyt", "alpha": AlphaConfig(rule="constant")}, ["one alpha, 0.5", "--model.alpha.rule width"]),
-    ({"plan": "dyt", "width": 128, "heads": 4}, ["std 0.02 at width 128", "--model.init.std fan_in"]),
-    ({"plan": "dyt", "width": 512, "heads": 4}, ["std 0.02 at width 512", "--model.init.std fan_in"]),
+    (SMALL | {"init": InitConfig()}, ["std 0.02 at width 128", "--model.init.std fan_in"]),
+    (SMALL | {"init": InitConfig(), "width": 512}, ["std 0.02 at width 512", "--model.init.std fan_in"]),
+    (SMALL | {"sites": {}}, ["dyt before the head of width 128", "--model.sites.final none"]),
 ]
 
 
@@ -58,10 +60,10 @@ def test_a_failure_is_one_line_with_its_remedy(changes: dict[str, Any], parts: l
         {"plan": "dyt", "init": InitConfig(rule="fixup"), "sites": {"attn_in": "rmsnorm", "mlp_in": "rmsnorm"}},
         {"plan": "dyt", "residual": ResidualConfig(scheme="rezero", initial=1.0)},
         {"plan": "dyt", "alpha": AlphaConfig(rule="constant"), "width": 1024},
-        {"plan": "dyt", "width": 128, "heads": 4, "init": InitConfig(std="fan_in")},
-        {"plan": "dyt", "width": 128, "heads": 4, "init": InitConfig(std=0.08)},
-        {"plan": "dyt", "width": 128, "heads": 4, "sites": {"attn_out": "rmsnorm", "mlp_out": "rmsnorm"}},
-        {"plan": "dyt", "width": 128, "heads": 4, "weights": "sigma"},
+        SMALL,
+        SMALL | {"init": InitConfig(std=0.08)},
+        SMALL | {"init": InitConfig(), "sites": {"attn_out": "rmsnorm", "mlp_out": "rmsnorm", "final": "none"}},
+        SMALL | {"init": InitConfig(), "weights": "sigma"},
         {"plan": "llama", "width": 128, "heads": 4},
         {"plan": "fixup", "width": 128, "heads": 4},
     ],
@@ -73,5 +75,5 @@ def test_the_remedies_are_not_failures(changes: dict[str, Any]) -> None:
 def test_the_studys_arm_is_none() -> None:
     """configs/studies/tiny.yaml carries DyT over to width 128."""
     changes = ["--model.plan", "dyt", "--model.embedding_scale", "none", "--model.alpha.rule", "measured"]
-    changes += ["--model.init.std", "fan_in", "--model.init.embedding_std", "1.0"]
+    changes += ["--model.init.std", "fan_in", "--model.init.embedding_std", "1.0", "--model.sites.final", "none"]
     assert known_failures(load(CONFIGS / "tiny.yaml", changes).model) == []

@@ -19,6 +19,7 @@ from pretrain.distributed import World
 from pretrain.engines import build_engine
 from pretrain.engines.combinations import unheeded
 from pretrain.engines.mesh import shard_size
+from tests.grids import surveyed
 from tests.pretrain.engine_runs import advance, batch_of, config_of, here, train, train_all
 from tests.ranks import run_ranks
 
@@ -89,7 +90,7 @@ def test_checkpointing_changes_no_bit_alone(plain: dict[Any, Any]) -> None:
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("mode", PARALLEL)
+@pytest.mark.parametrize("mode", surveyed(PARALLEL, ("full", "hybrid", "ZeRO-3")))
 def test_checkpointing_under_every_engine(mode: str, plain: dict[Any, Any]) -> None:
     for found in run_ranks(train_all, 2, checkpointed(PARALLEL[mode]), 5, timeout=200):
         for (name, plan), steps in found.items():
@@ -120,7 +121,7 @@ def compiled(parallel: dict[str, Any], *checkpointing: str) -> dict[Any, RunConf
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("mode", [mode for mode in PARALLEL if mode != "ZeRO-3"])
+@pytest.mark.parametrize("mode", surveyed([mode for mode in PARALLEL if mode != "ZeRO-3"], ("full", "ZeRO-2")))
 def test_compiled_under_every_engine(mode: str, plain: dict[Any, Any]) -> None:
     both = ("full", "selective operations") if mode in ("full", "ZeRO-2") else ()
     configs = compiled(PARALLEL[mode]) | (compiled(PARALLEL[mode], *both) if both else {})

@@ -17,6 +17,7 @@ from pretrain.checkpoint import Checkpointer
 from pretrain.config import PrecisionConfig, RunConfig
 from pretrain.engines import build_engine
 from pretrain.engines.float8 import convert_linears
+from tests.grids import surveyed
 from tests.pretrain.engine_runs import advance, batch_of, config_of, here, train, train_all
 from tests.pretrain.test_engine_combinations import train_compiled
 from tests.ranks import run_ranks
@@ -136,7 +137,7 @@ def fp8_configs(**sections: dict[str, Any]) -> dict[Any, RunConfig]:
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("mode", PARALLEL)
+@pytest.mark.parametrize("mode", surveyed(PARALLEL, ("full", "ZeRO-2")))
 def test_every_engine_trains_alike(mode: str) -> None:
     """Scales are of a rank's own rows and of weights in fp32 or bf16, so that roundings differ (2^-4 each, in
     hundreds of products): the largest difference seen is 0.4 % in losses and norms of five steps."""
@@ -149,9 +150,7 @@ def test_every_engine_trains_alike(mode: str) -> None:
                 assert found[recipe] == [pytest.approx(step, rel=0.02) for step in steps], (recipe, setting)
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(recipe, marks=() if recipe == "rowwise" else pytest.mark.survey) for recipe in RECIPES]
-)
+@pytest.mark.parametrize("recipe", surveyed(RECIPES, ["rowwise"]))
 def test_recomputing_and_compiling_change_no_bit(recipe: Recipe) -> None:
     """Traced and run by the same operations, quantization is the same."""
     precision = {"compute": "bf16", "fp8": recipe}
@@ -253,7 +252,7 @@ DISTANCE = 0.1  # nats; the largest seen is 0.024, and the losses fall by more t
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("plan", ["dnt", "dyt", "llama"])
+@pytest.mark.parametrize("plan", surveyed(["dnt", "dyt", "llama"], ["dyt"]))
 def test_a_hundred_steps_stay_near_bf16(plan: str) -> None:
     """The mean loss of the last ten steps, for every recipe. configs/studies/fp8.yaml is the same on real text."""
 

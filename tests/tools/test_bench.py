@@ -1,237 +1,180 @@
-"""The benchmark measures what it says: our real step, a reference that is GPT-2, turns, and ratios within a round."""
+"""The command line of the benchmarks: each measures a small run and writes what it found; mistakes are one line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from models.errors import ConfigError
 from pretrain.cli import dump
-from pretrain.config import LogConfig, RunConfig
-from tests.tools.small_run import WORLD, prepare_small, small_config, train_small
+from tests.tools.small_run import prepare_small, small_config
 from tools import bench
-from tools.contenders import VARIANTS, Contender, OurSteps, like_nanogpt, nanogpt, of_two, with_nanogpt
-from tools.nanogpt import NanoGPT, NanoGPTLoop
-
-CPU = torch.device("cpu")
+from tools.benching import checkpoint, data
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The configuration file of a small run."""
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(folder / "hf"))
-        config = small_config(folder, prepare_small(folder))
-        yield replace(config, model=replace(config.model, vocab_size=300))
+        path = folder / "run.yaml"
+        path.write_text(dump(small_config(folder, prepare_small(folder))))
+        yield path
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_our_step_is_the_trainer_s(config: RunConfig, masked: bool) -> None:
-    config = replace(config, name=f"masked-{masked}", data=replace(config.data, document_mask=masked))
-    trainer, _ = train_small(config)
-    steps = OurSteps(config, WORLD)
-    try:
-        for _ in range(trainer.counts.steps):
-            steps.step()
-    finally:
-        steps.close()
-    expected = trainer.engine.model.state_dict()
-    for name, found in steps.engine.model.state_dict().items():
-        assert torch.equal(found, expected[name]), name
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where results go. Memory is measured in a moment."""
+    for module in ("checkpoint", "data", "kernels"):
+        monkeypatch.setattr(f"tools.benching.{module}.copy_bandwidth", lambda device: 1e9)
+    return tmp_path / "out"
 
 
-def test_inspected_steps_are_timed_with_what_they_write(config: RunConfig) -> None:
-    steps = OurSteps(replace(config, log=LogConfig(inspect_every=2)), WORLD)
-    assert steps.folder is not None
-    folder = Path(steps.folder.name)
-    for _ in range(5):
-        steps.step()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4]
-    assert all("update_ratio/embedding.weight" in line for line in lines)
-    assert list((folder / "tensorboard").iterdir())
-    steps.close()
-    assert not folder.exists()
+def results(folder: Path) -> dict[str, Any]:
+    assert (folder / "picture.svg").read_text().startswith("<svg")
+    assert (folder / "table.md").read_text().startswith("# ")
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    assert found["environment"]["packages"]["torch"] == torch.__version__
+    return found
 
 
-def test_the_reference_is_gpt2() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = GPT2Config(
-        vocab_size=50,
-        n_positions=16,
-        n_embd=24,
-        n_layer=2,
-        n_head=3,
-        activation_function="gelu",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    theirs = GPT2LMHeadModel(sizes).double()
-    mine = NanoGPT(vocabulary=50, width=24, depth=2, heads=3, length=16).double()
-    with torch.no_grad():
-        for p in mine.parameters():
-            p.normal_(std=0.3)
-        for p in theirs.parameters():
-            p.zero_()  # its biases, which nanoGPT has not
-        gpt = theirs.transformer
-        pairs = [(gpt.wte, mine.tokens), (gpt.wpe, mine.positions), (gpt.ln_f, mine.norm)]
-        for block, other in zip(gpt.h, mine.blocks, strict=True):
-            pairs += [(block.ln_1, other.attention_norm), (block.ln_2, other.mlp_norm)]
-            pairs += [(block.attn.c_attn, other.attention.qkv), (block.attn.c_proj, other.attention.out)]
-            pairs += [(block.mlp.c_fc, other.up), (block.mlp.c_proj, other.down)]
-        for hf, module in pairs:  # its linear layers are transposed
-            weight = module.weight
-            hf.weight.copy_(weight if hf.weight.shape == weight.shape and "Conv" not in type(hf).__name__ else weight.T)
-    tokens = torch.randint(0, 50, (3, 17), generator=torch.Generator().manual_seed(0))
-    logits = theirs(tokens[:, :-1]).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    found = mine(tokens[:, :-1], tokens[:, 1:])
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)  # fp64, another order of sums
+def rows(found: dict[str, Any], table: int) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in found["tables"][table]["rows"]}
 
 
-def test_the_reference_learns_the_text(tmp_path: Path) -> None:
-    tokens = np.tile(np.arange(10, dtype="<u2"), 50)
-    tokens.tofile(tmp_path / "train.bin")
-    torch.manual_seed(0)
-    model = NanoGPT(vocabulary=10, width=32, depth=1, heads=2, length=8)
-    sizes = {"length": 8, "micro_batch": 4, "accumulation": 2}
-    loop = NanoGPTLoop(model, tmp_path / "train.bin", "<u2", CPU, **sizes, bf16=False, compiled=False)
-    for _ in range(120):
-        loop.step()
-    text = torch.arange(9)[None] % 10
-    assert model(text[:, :-1], text[:, 1:]).item() < 1.0  # ln 10 = 2.3 before
+def test_model(run: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["model", str(run), "--model.depth", "1", "--rounds", "2", "--steps", "1", "--output", str(out)]
+    bench.main([*command, "--against", "nanogpt", "--variants", "fp32", "bf16"])
+    name = f"{run} --model.depth 1"
+    said = capsys.readouterr().out
+    assert f"model of {name}: rounds 2, steps 1, device cpu" in said
+    assert "to nanogpt as it runs on cpu (fp32): " in said
+    speeds = rows(results(out), 0)
+    assert list(speeds) == [f"{v} {n}" for v in ("fp32", "bf16") for n in ("nanogpt", "our gpt", name)]
+    assert all(len(row["values"]) == 2 for row in speeds.values())
+    assert speeds["fp32 nanogpt"]["more"]["parameters"] == speeds["fp32 our gpt"]["more"]["parameters"]
+
+    bench.main([*command, "--against", f"{run},hf", "--plans", "llama,dyt"])
+    found = results(out)
+    others = [str(run), "hf", "our llama", "llama", "dyt"]  # msgdw is not transformers' AdamW: so a twin
+    assert list(rows(found, 0)) == [f"fp32 {other}" for other in others]
+    ratios = rows(found, 1)
+    assert "fp32 our llama / hf" in ratios
+    assert "fp32 dyt / llama" in ratios
+    speeds = rows(found, 0)
+    quotients = [a / b for a, b in zip(*(speeds[f"fp32 {n}"]["values"] for n in ("dyt", "llama")), strict=True)]
+    assert ratios["fp32 dyt / llama"]["values"] == pytest.approx(quotients)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_the_stack_has_the_reference_s_parameters(config: RunConfig, depth: int) -> None:
-    config = replace(config, model=replace(config.model, depth=depth, plan="llama", ffn_width=100))
-    reference = nanogpt(config, WORLD, 0)
-    steps = OurSteps(like_nanogpt(config), WORLD)
-    steps.close()
-    ours = [tuple(p.shape) for p in steps.engine.model.parameters()]
-    assert reference.parameters == sum(p.numel() for p in steps.engine.model.parameters())
-    assert ours.count((32,)) == 2 * depth + 1  # norms without biases
-    assert ours.count((128, 32)) == depth  # four widths, whatever the configuration's feed-forward
+def test_what_looking_inside_costs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command of docs/results.md, every look within a round."""
+    often = ["--log.inspect_every", "2", "--against", str(run), "--steps", "2", "--rounds", "1"]
+    bench.main(["model", str(run), *often])
+    assert f"fp32 {run} --log.inspect_every 2 / {run}" in capsys.readouterr().out
 
 
-class Recorder:
-    """Steps that note whose they are and pass a given time on a clock of the test's own."""
-
-    def __init__(self, name: str, seconds: float, calls: list[str], clock: list[float]) -> None:
-        self.name, self.seconds, self.calls, self.clock = name, seconds, calls, clock
-
-    def step(self) -> None:
-        self.calls.append(self.name)
-        self.clock[0] += self.seconds
-
-    def close(self) -> None: ...
+def test_data(run: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.main(["data", str(run), "--rounds", "2", "--batches", "3", "--steps", "2", "--output", str(out)])
+    loading = rows(results(out), 0)
+    need = loading["training step: the need"]
+    assert need["more"]["times the need"] == pytest.approx(1.0)
+    assert all(len(row["values"]) == 2 for row in loading.values())
+    assert loading["loader"]["limit"] == 1e9 / (2 + 8)  # a token is two bytes in the file and eight in the batch
 
 
-def test_contenders_take_turns_and_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, calls = [0.0], list[str]()
-    monkeypatch.setattr("tools.bench.time.perf_counter", lambda: clock[0])
-    contenders = [
-        Contender("a", "fp32", 1, 100, Recorder("a", 2.0, calls, clock), 0),
-        Contender("b", "fp32", 1, 50, Recorder("b", 0.5, calls, clock), 0),
-    ]
-    rates = bench.measure(contenders, pairs=3, steps=2, device=CPU)
-    assert "".join(calls) == "aabb" + "aaabbb" * 3  # warm-up, then one settling and two timed steps a turn
-    np.testing.assert_allclose(rates, [[50.0] * 3, [100.0] * 3])
+def test_waiting_is_a_share_of_the_step() -> None:
+    """By hand: batches of 128 tokens in 0.1 s are 1,280 a second, four times what a step of 0.4 s needs."""
+    found = data.Found(loader=[0.1, 0.1], windows=[], step=[0.4, 0.4], waited=[0.004, 0.002])
+    config = small_config(Path(), Path())
+    streamed = bench.replace(config, data=bench.replace(config.data, source="stream"))
+    (loading, waits, shares), notes = data.tables(streamed, found)
+    assert list(loading.rows[0].values) == [1280.0, 1280.0]
+    assert loading.rows[0].more["times the need"] == pytest.approx(4.0)
+    assert loading.rows[1].why == "data.source is stream"
+    assert list(waits.rows[0].values) == pytest.approx([4.0, 2.0])  # ms
+    assert list(shares.rows[0].values) == pytest.approx([1.0, 0.5])  # %
+    assert notes == []
 
 
-def test_ratios_are_taken_round_by_round() -> None:
-    contenders = [
-        Contender("nanogpt", "fp32", 10, 1, Recorder("", 0, [], []), 0),
-        Contender("mine", "bf16", 10, 1, Recorder("", 0, [], []), 0),
-    ]
-    rates = np.array([[100.0, 10.0, 50.0], [150.0, 20.0, 50.0]])
-    (first, second) = bench.record(contenders, rates)
-    assert first["ratio"] == [1, 1, 1]
-    assert second["ratio"] == [1.5, 2.0, 1.0]
-    line = " ".join(bench.table(contenders, rates)[2].split())
-    assert line.split()[2] == "50"
-    assert "1.500 1.000 to 2.000" in line  # not the ratio of the medians, which is 1
-    (shipped,) = bench.as_shipped(contenders, rates, "mine", "bf16", CPU)
-    assert shipped == "mine as it says (bf16) to nanogpt as it runs on cpu (fp32): 1.500 (1.000 to 2.000)"
-    assert bench.as_shipped(contenders[1:], rates[1:], "mine", "bf16", CPU) == []
+def test_checkpoint(run: Path, out: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    bench.main(["checkpoint", str(run), "--rounds", "2", "--steps", "1", "--folder", str(disk), "--output", str(out)])
+    found = results(out)
+    saves, loads = rows(found, 0), rows(found, 1)
+    assert [len(row["values"]) for row in [*saves.values(), *loads.values()]] == [2] * 8
+    assert saves[checkpoint.HELD]["values"] < saves[checkpoint.WRITE]["values"]
+    size = saves[checkpoint.IN_STEP]["more"]["GB"]
+    assert saves[checkpoint.HELD]["limit"] == pytest.approx(2 * size)  # read and written, at 1 GB/s
+    # weights and momentum, fp32, and in a checkpoint what else there is to know
+    assert saves[checkpoint.SAFETENSORS]["more"]["GB"] < saves[checkpoint.TORCH]["more"]["GB"] < size
+    assert not list(disk.iterdir())
 
 
-def close(contenders: Sequence[Contender]) -> Sequence[Contender]:
-    for contender in contenders:
-        contender.steps.close()
-    return contenders
+def test_a_loaded_state_is_the_saved_one() -> None:
+    state = {"model": {"a": torch.ones(2)}, "optimizer": {"state.a.m": torch.ones(3), "lr": 0.1}}
+    flat = checkpoint._flat(state)
+    assert list(flat) == ["model.a", "optimizer.state.a.m"]
+    checkpoint._fill(flat, {name: torch.full_like(tensor, 7.0) for name, tensor in flat.items()})
+    assert state["model"]["a"].tolist() == [7.0, 7.0]  # type: ignore[index]
 
 
-def test_variants_change_both_sides(config: RunConfig) -> None:
-    found = close(list(with_nanogpt(config, "mine", ["bf16", "fp32"], WORLD)))
-    assert [(c.name, c.variant, c.base) for c in found] == [
-        ("nanogpt", "bf16", 0),
-        ("stack", "bf16", 0),
-        ("mine", "bf16", 0),
-        ("nanogpt", "fp32", 3),
-        ("stack", "fp32", 3),
-        ("mine", "fp32", 3),
-    ]
-    assert {c.tokens for c in found} == {128}
-    shallow = replace(config, model=replace(config.model, depth=1))
-    found = close(list(of_two(config, "mine", shallow, "other", [], WORLD)))
-    assert [(c.name, c.variant, c.base) for c in found] == [("other", "fp32", 0), ("mine", "fp32", 0)]
-    assert found[0].parameters < found[1].parameters
-
-
-def test_the_command_prints_and_appends(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(dump(config))
-    command = [str(path), "--model.depth", "1", "--pairs", "2", "--steps", "1"]
-    command += ["--variants", "fp32", "bf16", "--output", str(tmp_path / "out.jsonl")]
-    bench.main(command)
-    bench.main([*command, "--against", str(path)])
-    lines = (tmp_path / "out.jsonl").read_text().splitlines()
-    first, second = (json.loads(line) for line in lines)
-    assert [len(first["contenders"]), len(second["contenders"])] == [6, 4]
-    assert all(len(c["tokens_per_second"]) == 2 for c in first["contenders"] + second["contenders"])
-    assert first["contenders"][2]["name"] == f"{path} --model.depth 1"
-    assert first["contenders"][0]["parameters"] == first["contenders"][1]["parameters"]
-    out = capsys.readouterr().out
-    assert "2 rounds of 1 steps on cpu" in out
-    assert "to nanogpt as it runs on cpu (fp32): " in out
+def test_profile(run: Path, out: Path) -> None:
+    bench.main(["profile", str(run), "--steps", "1", "--output", str(out)])
+    (table,) = results(out)["tables"]
+    assert sum(float(row["more"]["share"].removesuffix(" %")) for row in table["rows"]) == pytest.approx(100, abs=0.5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pairs", "0"], "--pairs is 0"),
-        (["--variants", "bf61"], "did you mean 'bf16'"),
-        (["--against", "nanoGPT"], "write nanogpt, or"),
-        (["--model.widht", "8"], "did you mean 'model.width'"),
-        (["--log.inspect_every", "4"], "--steps is 5: with log.inspect_every 4 write a multiple of it, as 4"),
+        (["model", "RUN", "--rounds", "0"], "--rounds is 0"),
+        (["model", "RUN", "--variants", "bf61"], "did you mean 'bf16'"),
+        (["model", "RUN", "--against", "nanoGPT"], "no 'nanoGPT'; choose one of nanogpt, hf, litgpt, torchtitan"),
+        (["model", "RUN", "--plans", "lama"], "did you mean 'llama'"),
+        (["model", "RUN", "--against", "torchtitan"], "no backward on a CPU"),
+        (["model", "RUN", "--model.widht", "8"], "did you mean 'model.width'"),
+        (["model", "RUN", "--log.inspect_every", "4"], "with log.inspect_every 4 write a multiple of it, as 4"),
+        (["data", "RUN", "--batches", "0"], "--batches is 0"),
+        (["checkpoint", "RUN", "--folder", "nowhere"], "--folder nowhere is no folder"),
+        (["startup", "RUN", "--against", "litgpt"], "startup has no script of 'litgpt'"),
+        (["profile", "RUN", "--steps", "0"], "--steps is 0"),
+        (["kernels", "--only", "rmsnorm"], "did you mean 'rms_norm'"),
+        (["kernels", "--against", "lighter"], "kernels are measured against liger"),
+        (["kernels", "--width", "30", "--heads", "4"], "--width 30 is not a multiple of twice --heads 4"),
+        (["kernels", "--model.width", "8"], "kernels has no option --model.width"),
+        (["gpu", "--minutes", "-1"], "--minutes is -1"),
     ],
 )
-def test_mistakes_are_named(config: RunConfig, tmp_path: Path, options: list[str], message: str) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(dump(config))
-    with pytest.raises(ConfigError, match=message):
-        bench.main([str(path), *options])
+def test_mistakes_are_named(run: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as said:
+        bench.main([str(run) if word == "RUN" else word for word in options])
+    assert "\n" not in str(said.value)
 
 
-def test_a_missing_compiler_is_named_before_anything_is_measured(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tools.benching.gpu.gpu_memory", lambda: 0.0)
+    with pytest.raises(ConfigError, match="no GPU is visible here: write --dry-run"):
+        bench.main(["gpu", "--output", str(tmp_path)])
+
+
+def test_memory_that_does_not_suffice_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
+
+    monkeypatch.setattr(bench, "lineup", full)
+    with pytest.raises(ConfigError, match=r"^out of memory: CUDA out of memory\. Tried [^\n]* lower train"):
+        bench.main(["model", str(run)])
+
+
+def test_a_missing_compiler_is_named_before_anything_is_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
-    path = tmp_path / "run.yaml"
-    path.write_text(dump(config))
+    monkeypatch.setattr(bench.model, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ConfigError, match="needs no-such-compiler, which is not here"):
-        bench.main([str(path)])
-
-
-def test_every_variant_is_known() -> None:
-    assert set(VARIANTS.values()) == {(p, c) for p in ("fp32", "bf16") for c in (False, True)}
+        bench.main(["model", str(run), "--variants", "fp32+compile"])

@@ -16,6 +16,7 @@ from pretrain.counts import derive_counts
 from pretrain.distributed import World
 from pretrain.planning.memory import Peak
 from pretrain.planning.plan import layout_of, memory
+from tests.grids import surveyed
 from tests.runs import ONE_THREAD, REPOSITORY
 
 # Of the measured peak. What the plan does not see was 15 to 35 MB in these runs: scratch space inside kernels, small
@@ -108,7 +109,7 @@ SUITE = ("dnt msgdw", "dropout, documents", "recomputed selectively", "compiled"
 
 @pytest.mark.drill
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SUITE else pytest.mark.survey) for n in CASES])
+@pytest.mark.parametrize("name", surveyed(CASES, SUITE))
 def test_the_plan_is_within_a_tenth_of_real_steps(name: str) -> None:
     ranks, micro_batch, accumulation, length, settings = CASES[name]
     tree = tree_of(ranks, micro_batch, accumulation, length, **settings)

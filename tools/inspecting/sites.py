@@ -11,7 +11,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from models.elementwise import Elementwise
-from models.norms import NORMS, wide
+from models.norms import NORMS
+from models.precision import wide
 from pretrain.telemetry.sites import hooked, record_saturation
 from pretrain.telemetry.statistics import moments
 from tools.inspecting.subject import Subject, chunks, forward
