@@ -7,7 +7,8 @@ Settings of every one of them: ``alpha`` learned, fixed (at what ``model.alpha``
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ class Elementwise(nn.Module):
     bounded: ClassVar[bool] = True  # |f| never exceeds 1
     kernel: ClassVar[str | None] = None  # what models.kernels calls the function, if they have it
     fused = False
+    # Where fused and unwatched, for readers that take something else than x's dtype: write(x) in place of kernels.dyt,
+    # write(x, branch) in place of kernels.add_dyt.
+    write: Callable[..., Any] | None = None
 
     def __init__(
         self,
@@ -57,8 +61,16 @@ class Elementwise(nn.Module):
         """What ``kernels.dyt`` needs to know beside x."""
         return self.alpha, self.weight, self.bias, self.shift, self.kernel
 
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + branch`` and the function of it, by one kernel; for one that has a kernel and that nobody watches."""
+        if self.write is not None:
+            return cast(tuple[Tensor, Tensor], self.write(x, branch))
+        return kernels.add_dyt(x, branch, *self.settings())
+
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and self.kernel is not None:
+            if self.write is not None and not kernels.is_watched(self):
+                return cast(Tensor, self.write(x))
             return kernels.dyt(x, *self.settings())
         z = self.alpha * wide(x)
         return affine(self.f(z if self.shift is None else z + self.shift), self.weight, self.bias).to(x.dtype)

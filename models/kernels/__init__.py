@@ -6,7 +6,7 @@ parameters are fp32 and the same every time. Triton is imported when the first k
 """
 
 from models.kernels.cross_entropy import IGNORE, cross_entropy_, cross_entropy_twin
-from models.kernels.dyt import add_dyt, dyt
+from models.kernels.dyt import add_dyt, dyt, dyt_e4m3, dyt_gradients
 from models.kernels.fusing import fuse, is_watched
 from models.kernels.launching import is_installed, is_interpreted, uses_triton
 from models.kernels.rms import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
@@ -20,6 +20,8 @@ __all__ = [
     "cross_entropy_",
     "cross_entropy_twin",
     "dyt",
+    "dyt_e4m3",
+    "dyt_gradients",
     "fuse",
     "is_installed",
     "is_interpreted",

@@ -5,6 +5,9 @@ With z = alpha * x + shift and y = gain * f(z) + beta, and g = dy * gain * f'(z)
     dx = alpha * g,  dalpha = sum(x * g),  dshift = sum(g),  dgain = rows' sum(dy * f(z)),  dbeta = rows' sum(dy)
 
 z and f are computed again from x, in fp32: nothing but x is kept, and 1 - tanh^2 never comes from a rounded tanh.
+
+y is stored in the dtype of x, or for a linear that reads 8 bits as e4m3 (arXiv 2209.05433), multiplied by a scale that
+is known before: of bf16 that moves 3 bytes an element, where a rounding in a pass of its own makes it 7.
 """
 
 from __future__ import annotations
@@ -14,22 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels.launching import adders, empty_sum, kernel, rows_of, runs_triton, tile, warps
+from models.kernels.launching import adders, empty_sum, is_interpreted, kernel, rows_of, runs_triton, tile, warps
 from models.precision import wide
 
 _ELEMENTS = 4096  # forward: of a program
 _ADDED = 2048  # backward: with up to four sums at hand beside them
 _COLUMNS = 1024  # of a row, at most: 2 KB in bf16
+_E4M3 = torch.float8_e4m3fn
 
 
 def dyt_twin(
-    x: Tensor, alpha: Tensor | float, gain: Tensor | None, beta: Tensor | None, shift: Tensor | None, function: str
+    x: Tensor,
+    alpha: Tensor | float,
+    gain: Tensor | None,
+    beta: Tensor | None,
+    shift: Tensor | None,
+    function: str,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """``gain * f(alpha * x + shift) + beta`` in fp32, in the dtype of x."""
+    """``gain * f(alpha * x + shift) + beta`` in fp32, in the dtype of x; times a scale in e4m3, saturated (PyTorch's
+    conversion gives NaN beyond 448 in some versions)."""
     z = _argument(x, alpha, shift)
     y = torch.tanh(z) if function == "tanh" else torch.erf(z)
     y = y if gain is None else gain * y
-    return (y if beta is None else y + beta).to(x.dtype)
+    y = y if beta is None else y + beta
+    return y.to(x.dtype) if scale is None else (y * scale).clamp(-448, 448).to(_E4M3)
 
 
 def dyt_backward_twin(
@@ -79,20 +91,24 @@ def _launch(
     shift: Tensor | None,
     fixed: float,
     function: str,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x + branch, or x itself without one; y)."""
+    """(x + branch, or x itself without one; y, with a scale in e4m3)."""
     flat, other = rows_of(x), None if branch is None else rows_of(branch)
     stream = x if branch is None else empty_sum(x, branch)
-    y = stream.new_empty(x.shape)
+    # Triton's interpreter loses the carry where it rounds a significand up to e4m3 (31.6 becomes 16). There the kernel
+    # stores in fp32 what it would round, and PyTorch rounds.
+    dtype = stream.dtype if scale is None else torch.float32 if is_interpreted() else _E4M3
+    y = stream.new_empty(x.shape, dtype=dtype)
     rows, width = flat.shape
     block = tile(width, _ELEMENTS, _COLUMNS)
     grid = (-(-rows // block[0]), -(-width // block[1]))
     kernel("dyt", "forward")[grid](
-        flat, other, None if branch is None else stream, y, alpha, gain, beta, shift, fixed, rows, width,
+        flat, other, None if branch is None else stream, y, alpha, gain, beta, shift, scale, fixed, rows, width,
         flat.stride(0), 0 if other is None else other.stride(0),
         FUNCTION=function, ROWS=block[0], COLUMNS=block[1], num_warps=warps(block[0] * block[1]),
     )  # fmt: skip
-    return stream, y
+    return stream, y if scale is None else y.to(_E4M3)
 
 
 @torch.library.custom_op("equipoise::dyt", mutates_args=())
@@ -125,6 +141,27 @@ def _add_dyt(
         return _launch(x, branch, alpha, gain, beta, shift, fixed, function)
     stream = (x + branch).contiguous()
     return stream, dyt_twin(stream, fixed if alpha is None else alpha, gain, beta, shift, function)
+
+
+@torch.library.custom_op("equipoise::dyt_e4m3", mutates_args=())
+def _dyt_e4m3(
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor,
+    alpha: Tensor | None,
+    gain: Tensor | None,
+    beta: Tensor | None,
+    shift: Tensor | None,
+    fixed: float,
+    function: str,
+) -> list[Tensor]:
+    """x + branch, if there is one, and y: without autograd, whose gradients have the dtype of what they are of."""
+    if runs_triton(x):
+        stream, y = _launch(x, branch, alpha, gain, beta, shift, fixed, function, scale)
+    else:
+        stream = x if branch is None else (x + branch).contiguous()
+        y = dyt_twin(stream, fixed if alpha is None else alpha, gain, beta, shift, function, scale).contiguous()
+    return [y] if branch is None else [stream, y]
 
 
 @torch.library.custom_op("equipoise::dyt_backward", mutates_args=())
@@ -175,6 +212,12 @@ def _(x: Tensor, branch: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     return empty_sum(x, branch), empty_sum(x, branch)
 
 
+@_dyt_e4m3.register_fake
+def _(x: Tensor, branch: Tensor | None, *settings: Any) -> list[Tensor]:
+    y = x.new_empty(x.shape, dtype=_E4M3)
+    return [y] if branch is None else [empty_sum(x, branch), y]
+
+
 @_backward.register_fake
 def _(
     grad: Tensor,
@@ -193,26 +236,15 @@ def _(
 
 
 def _keep(ctx: Any, x: Tensor, settings: tuple[Any, ...]) -> None:
-    alpha, gain, beta, shift, ctx.fixed, ctx.function = settings
-    ctx.beta = None if beta is None else beta.dtype
-    ctx.save_for_backward(x, alpha, gain, shift)
+    *tensors, ctx.fixed, ctx.function = settings
+    ctx.save_for_backward(x, *tensors)
 
 
 def _gradients(ctx: Any, grad: Tensor, grad_stream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of x and of the settings."""
-    x, alpha, gain, shift = ctx.saved_tensors
-    dx, vectors, scalars = _backward(
-        grad, x, grad_stream, alpha, gain, shift, ctx.fixed, ctx.beta is not None, ctx.function
-    )
-    return (
-        dx,
-        None if alpha is None else scalars[:1].to(alpha.dtype),
-        None if gain is None else vectors[0].to(gain.dtype),
-        None if ctx.beta is None else vectors[-1].to(ctx.beta),
-        None if shift is None else scalars[-1:].to(shift.dtype),
-        None,
-        None,
-    )
+    x, learned, gain, beta, shift = ctx.saved_tensors
+    alpha = ctx.fixed if learned is None else learned
+    return *dyt_gradients(grad, x, grad_stream, alpha, gain, beta, shift, ctx.function), None, None
 
 
 def _keep_dyt(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -273,3 +305,47 @@ def add_dyt(
     """``(x + branch, dyt(x + branch))``, of the sum as it is rounded; the rest as of ``dyt``."""
     learned, fixed = _learned_or_fixed(alpha)
     return _add_dyt(x, branch, learned, gain, beta, shift, fixed, function)
+
+
+def dyt_e4m3(
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor,
+    alpha: Tensor | float,
+    gain: Tensor | None = None,
+    beta: Tensor | None = None,
+    shift: Tensor | None = None,
+    function: str = "tanh",
+) -> tuple[Tensor, Tensor]:
+    """What ``add_dyt`` returns, or without a branch ``(x, dyt(x))``, the second in float8_e4m3fn: multiplied by
+    ``scale`` (fp32, one number) and rounded once, from fp32; what exceeds 448 is 448.
+
+    Autograd does not go through it: the gradient of 8 bits would have 8 bits. Its derivative, with that of the rounding
+    taken as 1, is ``dyt_gradients``.
+    """
+    learned, fixed = _learned_or_fixed(alpha)
+    written = _dyt_e4m3(x, branch, scale, learned, gain, beta, shift, fixed, function)
+    return x if branch is None else written[0], written[-1]
+
+
+def dyt_gradients(
+    grad: Tensor,
+    stream: Tensor,
+    grad_stream: Tensor | None,
+    alpha: Tensor | float,
+    gain: Tensor | None,
+    beta: Tensor | None,
+    shift: Tensor | None,
+    function: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``stream``, what dyt was of, and of alpha, gain, beta and shift, where these are tensors. They come
+    from ``grad``, of dyt's result, and for the stream also from ``grad_stream``, of its other uses."""
+    learned, fixed = _learned_or_fixed(alpha)
+    dx, vectors, scalars = _backward(grad, stream, grad_stream, learned, gain, shift, fixed, beta is not None, function)
+    return (
+        dx,
+        None if learned is None else scalars[:1].to(learned.dtype),
+        None if gain is None else vectors[0].to(gain.dtype),
+        None if beta is None else vectors[-1].to(beta.dtype),
+        None if shift is None else scalars[-1:].to(shift.dtype),
+    )

@@ -2,7 +2,8 @@
 
 DyT and its like never exceed ``|gain| + |beta|``, feature by feature. The greatest of these sums takes the place of the
 largest magnitude of the data in the scale of what they write: no pass over the activations looks for it, and they are
-rounded once for all linears that read them, not once for each.
+rounded once for all linears that read them, not once for each. Fused, DyT and Derf write 8 bits themselves; a hook
+before the readers rounds what other functions write, and all of them unfused or watched.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def bound_inputs(model: nn.Module, converted: list[str]) -> list[str]:
             names = [f"blocks.{index}.{reader}" for reader in readers if reader in modules]
             if isinstance(norm, Elementwise) and norm.bounded and set(names) <= set(converted):
                 first = model.get_submodule(names[0])
-                modules[entry].register_forward_pre_hook(_rounding(norm, first))
+                norm.write, rounded = _rounding(norm, first)
+                modules[entry].register_forward_pre_hook(rounded)
                 found += names
     if not found:
         raise ConfigError(
@@ -53,17 +55,31 @@ def bound_inputs(model: nn.Module, converted: list[str]) -> list[str]:
     return found
 
 
-def _rounding(norm: Elementwise, linear: nn.Module) -> Any:
-    from torchao.float8.float8_training_tensor import GemmInputRole, hp_tensor_and_scale_to_float8
+def _rounding(norm: Elementwise, linear: nn.Module) -> tuple[Any, Any]:
+    """What writes the output of ``norm`` as ``linear`` reads it, and a hook before ``linear`` for where it did not."""
+    from torchao.float8.float8_training_tensor import (
+        Float8TrainingTensor,
+        GemmInputRole,
+        hp_tensor_and_scale_to_float8,
+    )
     from torchao.float8.float8_utils import amax_to_scale
+
+    from pretrain.engines.float8_dyt import Float8DyT
 
     settings, products = cast(Any, linear).config, cast(Any, linear).linear_mm_config
     dtype = settings.cast_config_input.target_dtype
 
+    def scale_on(device: torch.device) -> Tensor:
+        with torch.no_grad():
+            return amax_to_scale(largest_output(norm, device), dtype, settings.round_scales_to_power_of_2)
+
+    def write(x: Tensor, branch: Tensor | None = None) -> Any:
+        return Float8DyT.apply(x, branch, scale_on(x.device), *norm.settings(), products)
+
     def rounded(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = inputs
-        with torch.no_grad():
-            scale = amax_to_scale(largest_output(norm, x.device), dtype, settings.round_scales_to_power_of_2)
-        return hp_tensor_and_scale_to_float8(x, scale, dtype, products, GemmInputRole.INPUT), *others
+        if not isinstance(x, Float8TrainingTensor):
+            x = hp_tensor_and_scale_to_float8(x, scale_on(x.device), dtype, products, GemmInputRole.INPUT)
+        return x, *others
 
-    return rounded
+    return write, rounded

@@ -6,6 +6,7 @@ What is compiled is what the operators launch: their arguments, in their order, 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.interpreting import needs_triton
 from tests.models.kernel_cases import CASES, HEAD_CASES, inputs, results
 
 WIDTH, HEADS, HEAD_WIDTH, VOCABULARY = 1536, 6, 64, 32000
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.float8_e4m3fn: "*fp8e4nv"}
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # program, arguments, settings
 
@@ -111,6 +112,32 @@ def test_compiles(
         compiled = triton.compile(made, target=GPUTarget("cuda", capability, 32), options=options)
         assert len(compiled.asm["cubin"]) > 1000
         assert "v4.b32" in compiled.asm["ptx"], "memory is moved in pieces of 16 bytes"
+
+
+@needs_triton
+@pytest.mark.skipif(kernels.is_interpreted(), reason="TRITON_INTERPRET is set")
+@pytest.mark.parametrize("capability", [90, 100])
+def test_e4m3_compiles(capability: int, launches: Callable[[Callable[[], object]], list[Launch]]) -> None:
+    """On GPUs that multiply it. Nothing of higher precision is stored, but the stream where there is a branch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    x, branch = (torch.zeros(64, WIDTH, dtype=torch.bfloat16) for _ in range(2))
+    gain, beta, scale = torch.ones(WIDTH), torch.zeros(WIDTH), torch.ones(())
+    seen = launches(
+        lambda: [
+            kernels.dyt_e4m3(x, None, scale, scale[None], gain),
+            kernels.dyt_e4m3(x, branch, scale, 0.8, gain, beta, scale[None], "erf"),
+        ]
+    )
+    assert len(seen) == 2
+    for stored, launch in zip((1, 3), seen, strict=True):  # bytes of an element
+        made, options = source(launch)
+        ptx = triton.compile(made, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+        assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+        sizes = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", ptx)
+        a_thread = sum(int(count or 1) * int(bits) for count, bits in sizes) // 8
+        assert a_thread == stored * 4096 // (32 * options["num_warps"])
 
 
 @needs_triton

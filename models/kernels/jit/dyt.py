@@ -48,6 +48,7 @@ def forward(
     gain: tl.tensor,
     beta: tl.tensor,
     shift: tl.tensor,
+    scale: tl.tensor,
     fixed: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
@@ -57,7 +58,8 @@ def forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """``y = gain * f(alpha * x + shift) + beta``; with a branch of x + branch, which goes to ``stream``."""
+    """``y = gain * f(alpha * x + shift) + beta``; with a branch of x + branch, which goes to ``stream``; with a scale
+    times this, within what e4m3 has."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < width)
@@ -73,6 +75,8 @@ def forward(
         v *= tl.load(gain + column, mask=column < width, other=0.0).to(tl.float32)
     if beta is not None:
         v += tl.load(beta + column, mask=column < width, other=0.0).to(tl.float32)
+    if scale is not None:
+        v = tl.clamp(v * tl.load(scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y + place, v, mask=inside)
 
 
