@@ -80,5 +80,6 @@ def test_a_recipe_that_is_known_to_fail_is_told_at_start(corpus: Path, tmp_path:
     config = write_config(tmp_path, corpus, {"train": {"steps": 2}, "schedule": {"warmup_steps": 1}})
     done = pretrain(config, "--model.plan", "dyt", "--optimizer.lr", "0.001", ranks=2)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert "--model.init.std fan_in" in line
+    head, weights = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert "--model.sites.final none" in head
+    assert "--model.init.std fan_in" in weights
