@@ -12,7 +12,6 @@ needs nothing else, report.md with figures/, and results.json. Several runs stan
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,29 +19,25 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from models.errors import ConfigError, nearest
 from pretrain.files import write_atomically
 from tools.command import run
 from tools.inspecting.sections import SECTIONS, inspect
 from tools.inspecting.subject import open_subject
-from tools.inspecting.tables import table
 from tools.inspecting.written import Inspected, Written, plain
-from tools.page import page
+from tools.page import check_packages, page
+from tools.progress import counting
 from tools.report import labels
-
-_NEEDED = ("matplotlib", "scipy", "markdown")
+from tools.tables import table
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     names = _sections(arguments.only)
     _check(arguments)
-    errors = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # what is no terminal would get an empty line of it and no bar
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_interactive) as progress:
+    with counting() as progress:
         runs = _look(arguments, names, progress)
         parts = {name: SECTIONS[name].write(runs) for name in progress.track(names, description="pictures")}
     output: Path = arguments.output or arguments.runs[0] / "inspect"
@@ -126,9 +121,7 @@ def _sections(only: str | None) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"the report needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    check_packages()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but no GPU is visible here; write cpu")
     if arguments.sequences < 2:

@@ -16,7 +16,6 @@ formats are int8, fp8 (e4m3), fp8-e5m2, int4 and, as a reference without scales,
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -29,14 +28,13 @@ from pretrain.checkpoint.commit import committed_steps
 from pretrain.run import RunFolder
 from tools.command import run
 from tools.loading import load_run
+from tools.page import check_packages
 from tools.quantizing.formats import DEFAULT, Treatment, parse_formats, parse_treatment, treatments
 from tools.quantizing.losses import Windows, read_windows
 from tools.quantizing.measuring import Question, measure, passes
 from tools.quantizing.report import make_folder, write_report
 from tools.quantizing.sections import summary
 from tools.report import labels
-
-_NEEDED = ("matplotlib", "scipy", "markdown")
 
 
 def main() -> None:
@@ -71,8 +69,7 @@ def _question(arguments: argparse.Namespace) -> Question:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"the report needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    check_packages()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but no GPU is visible here; write cpu")
     if arguments.sequences < 2:

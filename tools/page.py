@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import re
 from collections.abc import Mapping
 
+from models.errors import ConfigError
+
+_NEEDED = ("matplotlib", "scipy", "markdown")  # for the figures, their intervals and fits, and the page
 _IMAGE = re.compile(r'<p><img alt="([^"]*)" src="figures/([^"]+)\.svg" ?/?></p>')
 _PAGE = """\
 <!DOCTYPE html>
@@ -36,6 +40,12 @@ summary {{ cursor: pointer }}
 </body>
 </html>
 """
+
+
+def check_packages(what: str = "the report") -> None:
+    """ConfigError if one that a report takes is not here: before the first run or forward, not after the last."""
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"{what} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def page(title: str, markdown_text: str, figures: Mapping[str, str]) -> str:

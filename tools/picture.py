@@ -39,6 +39,25 @@ def styled(**more: Any) -> Any:
     return plt.rc_context(settings)
 
 
+def panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, list[Any]]:
+    """A figure of ``count`` axes in rows of ``columns``, each ``size`` inches."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(max(4.5, size[0] * columns), size[1] * rows + 0.3),
+        squeeze=False,
+        layout="constrained",
+        **options,
+    )
+    axes = list(grid.flat)
+    for place, ax in enumerate(axes[count:], start=count):
+        ax.remove()
+        axes[place - columns].tick_params(labelbottom=True)  # it is the last of its column now
+    return figure, axes[:count]
+
+
 def svg(figure: Any) -> str:
     """Without a prologue and without metadata, so that it can stand in HTML as it is."""
     file = io.StringIO()

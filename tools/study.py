@@ -23,11 +23,12 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from models.errors import ConfigError
 from tools.command import run
+from tools.page import check_packages
 from tools.studies.array import submit
 from tools.studies.choosing import choose
 from tools.studies.grid import Cell, StopEarly, Study, read_study
 from tools.studies.outcomes import STOPPED, Result
-from tools.studies.report import check_packages, write_report
+from tools.studies.report import write_report
 from tools.studies.running import Interrupted, run_cells
 from tools.studies.sections import summary
 from tools.studies.verdict import Verdict
@@ -87,7 +88,7 @@ def main() -> None:
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers is {arguments.workers}: write a positive number")
     study = read_study(arguments.study)
-    check_packages()
+    check_packages("a study's report")
     if arguments.slurm is not None:
         options = [option for option in arguments.slurm if option != "--dry-run"]
         submit(arguments.study, options, arguments.workers, dry=arguments.dry_run or options != arguments.slurm)

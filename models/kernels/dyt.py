@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels.launching import adders, empty_sum, is_interpreted, kernel, rows_of, runs_triton, tile, warps
+from models.kernels.launching import adders, empty_sum, is_interpreted, kernel, rows_of, runs_triton, tile, tiled
 from models.precision import wide
 
 _ELEMENTS = 4096  # forward: of a program
@@ -101,12 +101,11 @@ def _launch(
     dtype = stream.dtype if scale is None else torch.float32 if is_interpreted() else _E4M3
     y = stream.new_empty(x.shape, dtype=dtype)
     rows, width = flat.shape
-    block = tile(width, _ELEMENTS, _COLUMNS)
-    grid = (-(-rows // block[0]), -(-width // block[1]))
+    grid, settings = tiled(rows, width, _ELEMENTS, _COLUMNS)
     kernel("dyt", "forward")[grid](
         flat, other, None if branch is None else stream, y, alpha, gain, beta, shift, scale, fixed, rows, width,
         flat.stride(0), 0 if other is None else other.stride(0),
-        FUNCTION=function, ROWS=block[0], COLUMNS=block[1], num_warps=warps(block[0] * block[1]),
+        FUNCTION=function, **settings,
     )  # fmt: skip
     return stream, y if scale is None else y.to(_E4M3)
 

@@ -78,6 +78,13 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def tiled(rows: int, width: int, elements: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid of programs that have a ``tile`` in hand each, and the launch's settings that say so."""
+    block = tile(width, elements, columns)
+    settings = {"ROWS": block[0], "COLUMNS": block[1], "num_warps": warps(block[0] * block[1])}
+    return (-(-rows // block[0]), -(-width // block[1])), settings
+
+
 def adders(x: Tensor, tiles: int, per_processor: int, across: int = 1) -> int:
     """How many programs go over ``tiles`` of rows and add, where ``across`` of them share a row: together
     ``per_processor`` for each processor, what runs at once. Each leaves one partial sum, and these are added in a fixed

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.launching import kernel, rows_of, runs_triton, tile, warps
+from models.kernels.launching import kernel, rows_of, runs_triton, tiled
 from models.precision import wide
 
 _ELEMENTS, _COLUMNS = 4096, 1024  # of a program, and of a row at most
@@ -27,20 +27,15 @@ def silu_mul_backward_twin(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tens
     return (dy * wide(up) * (s + silu * (1 - s))).to(gate.dtype), (dy * silu).to(up.dtype)
 
 
-def _grid(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
-    block = tile(width, _ELEMENTS, _COLUMNS)
-    settings = {"ROWS": block[0], "COLUMNS": block[1], "num_warps": warps(block[0] * block[1])}
-    return (-(-rows // block[0]), -(-width // block[1])), settings
-
-
 @torch.library.custom_op("equipoise::silu_mul", mutates_args=())
 def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     if not runs_triton(gate):
         return silu_mul_twin(gate, up).contiguous()
     y = gate.new_empty(gate.shape)
     g, u = rows_of(gate), rows_of(up)
-    grid, settings = _grid(*g.shape)
-    kernel("swiglu", "forward")[grid](g, u, y, *g.shape, g.stride(0), u.stride(0), **settings)
+    rows, width = g.shape
+    grid, settings = tiled(rows, width, _ELEMENTS, _COLUMNS)
+    kernel("swiglu", "forward")[grid](g, u, y, rows, width, g.stride(0), u.stride(0), **settings)
     return y
 
 
@@ -51,9 +46,10 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         return grad_gate.contiguous(), grad_up.contiguous()
     grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     dy, g, u = rows_of(grad), rows_of(gate), rows_of(up)
-    grid, settings = _grid(*g.shape)
+    rows, width = g.shape
+    grid, settings = tiled(rows, width, _ELEMENTS, _COLUMNS)
     kernel("swiglu", "backward")[grid](
-        dy, g, u, grad_gate, grad_up, *g.shape, dy.stride(0), g.stride(0), u.stride(0), **settings
+        dy, g, u, grad_gate, grad_up, rows, width, dy.stride(0), g.stride(0), u.stride(0), **settings
     )
     return grad_gate, grad_up
 

@@ -89,18 +89,16 @@ def record_saturation(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
     handles: list[RemovableHandle] = []
     for name, module in model.named_modules():
-        bounds = _bounds(module) if isinstance(module, Elementwise) else None
-        if bounds is not None:
-            handles.append(module.register_forward_pre_hook(_saturation(name, bounds, found)))
+        if isinstance(module, Elementwise) and module.bounded:
+            handles.append(module.register_forward_pre_hook(_saturation(name, _bounds(module), found)))
     with hooked(handles):
         yield found
 
 
-def _bounds(module: Elementwise) -> tuple[float, float] | None:
-    """Between what the function stays; None if nothing bounds it."""
-    ends = torch.tensor([-_FAR, _FAR], dtype=torch.float64)
-    near, far = module.f(ends), module.f(10 * ends)
-    return (near[0].item(), near[1].item()) if torch.allclose(near, far, rtol=1e-3) else None
+def _bounds(module: Elementwise) -> tuple[float, float]:
+    """Between what the function stays."""
+    low, high = module.f(torch.tensor([-_FAR, _FAR], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def _saturation(name: str, bounds: tuple[float, float], found: dict[str, Tensor]) -> Any:

@@ -18,7 +18,7 @@ from scipy import stats
 from models import ConfigError
 from pretrain.data import open_source
 from tests.tools.small_run import prepare_small, small_config, train_small
-from tools import numerics
+from tools import numerics, page
 from tools.command import run
 from tools.loading import load_run
 from tools.quantizing.formats import Treatment
@@ -241,7 +241,7 @@ def test_two_windows_are_needed(trained: dict[str, Path]) -> None:
 def test_missing_packages_are_told_first(
     trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(numerics, "_NEEDED", ("matplotlib", "a_package_that_is_not_there"))
+    monkeypatch.setattr(page, "_NEEDED", ("matplotlib", "a_package_that_is_not_there"))
     with pytest.raises(SystemExit):
         call(monkeypatch, trained["llama"])
     assert "the report needs a_package_that_is_not_there: pip install" in capsys.readouterr().err

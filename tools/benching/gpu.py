@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -26,8 +22,9 @@ from rich.console import Console
 
 from models.errors import ConfigError
 from pretrain.files import write_atomically
+from tools.benching.processes import started
 from tools.benching.synthetic import random_tokens
-from tools.inspecting.tables import table
+from tools.tables import table
 
 _CONFIGS = Path("configs/models")
 _ROOMY = 120e9  # bytes of a GPU on which three 1.3B models with AdamW and their activations live side by side
@@ -148,24 +145,17 @@ def _outcome(part: Part, folder: Path, limit: float) -> Outcome:
     own, began = folder / part.name, time.monotonic()
     (own / "results.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "tools.bench", *part.arguments, "--output", str(own)]
-    with TemporaryFile() as said:
-        options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": said, "start_new_session": True}
-        process = subprocess.Popen(command, **options)
+    with started(command) as (process, last):
         try:
             code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and the compilers that it has started
-            process.wait()
-        said.seek(0)
-        last = (said.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        words = last()
     seconds = time.monotonic() - began
     if code is None:
         return Outcome(part, f"stopped: it took longer than {limit:.0f} s", seconds, {})
     if code:
-        return Outcome(part, f"failed: {last.removeprefix('error: ')}", seconds, {})
+        return Outcome(part, f"failed: {words.removeprefix('error: ')}", seconds, {})
     return Outcome(part, "done", seconds, json.loads((own / "results.json").read_text(encoding="utf-8")))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from models.errors import ConfigError
 from pretrain.files import write_atomically
 from tools.benching.timing import Spread
-from tools.inspecting.tables import number, share, table
+from tools.tables import number, share, table
 
 _WIDE = 30.0  # times the least value from which on an axis is logarithmic
 
@@ -95,10 +95,9 @@ class Report:
         known = self.environment
         command = " ".join(str(word) for word in known.get("command", ()))
         versions = ", ".join(f"{name} {v}" for name, v in known.get("packages", {}).items() if v is not None)
-        parts.append(
-            f"`{command}`\n\n{known.get('device')}, {known.get('cpus')} CPUs, {known.get('threads')} threads, "
-        )
-        parts[-1] += f"{known.get('system')}; Python {known.get('python')}, {versions}; git {known.get('git_revision')}"
+        machine = f"{known.get('device')}, {known.get('cpus')} CPUs, {known.get('threads')} threads"
+        software = f"{known.get('system')}; Python {known.get('python')}, {versions}; git {known.get('git_revision')}"
+        parts += [f"`{command}`", f"{machine}, {software}"]
         return "\n\n".join(parts) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -132,8 +131,7 @@ def require_pictures(folder: Path | None) -> None:
 
 def picture(report: Report) -> str:
     """SVG: for each table a panel, for each row its rounds as dots, their median, and the limit."""
-    from tools.inspecting.style import panels
-    from tools.picture import GRAY, color, styled, svg
+    from tools.picture import GRAY, color, panels, styled, svg
 
     tables = [one for one in report.tables if any(row.values for row in one.rows)]
     with styled():
@@ -144,11 +142,10 @@ def picture(report: Report) -> str:
         longest = max(len(one.rows) for one in tables)
         figure, axes = panels(len(tables), 1, (7.5, 0.7 + 0.3 * longest))
         for ax, one in zip(axes, tables, strict=True):
-            kinds = list(
-                dict.fromkeys(row.name.split(": ")[-1] for row in one.rows)
-            )  # "dyt: eager" looks like all eager
+            of = [row.name.split(": ")[-1] for row in one.rows]  # "dyt: eager" looks like all eager
+            kinds = list(dict.fromkeys(of))
             for place, row in enumerate(one.rows):
-                own = color(kinds.index(row.name.split(": ")[-1]))
+                own = color(kinds.index(of[place]))
                 if not row.values:
                     ax.annotate(row.why, (0.01, place), xycoords=("axes fraction", "data"), va="center", color=GRAY)
                     continue

@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from models.errors import ConfigError, nearest
@@ -26,6 +24,7 @@ from pretrain.config import RunConfig
 from pretrain.counts import derive_counts
 from tools.benching.contenders import largest_shard, require_prepared
 from tools.benching.llamas import huggingface_settings, llama_sizes
+from tools.benching.processes import started
 from tools.benching.report import Row, Table
 from tools.benching.timing import alternate
 
@@ -117,23 +116,13 @@ def _until(command: Sequence[str], sign: Path, limit: float) -> float:
 
 @contextmanager
 def _started(command: Sequence[str], sign: Path, limit: float) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has written something into ``sign``. On exit it is killed, and the compilers that it started."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    with TemporaryFile() as said:
-        options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": said, "env": environment}
-        process = subprocess.Popen(command, start_new_session=True, **options)
-        try:
-            deadline = time.perf_counter() + limit
-            while not (sign.exists() and sign.stat().st_size):
-                if process.poll() is not None:
-                    said.seek(0)
-                    last = (said.read().decode(errors="replace").split("\n")[-2:] or [""])[0]
-                    raise ConfigError(f"{' '.join(command[1:3])} ended before its first step: {last}")
-                if time.perf_counter() > deadline:
-                    raise ConfigError(f"{' '.join(command[1:3])} took no step in {limit:g} s: write a longer --limit")
-                time.sleep(_POLL)
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    """A process that has written something into ``sign``; on exit it is killed."""
+    deadline = time.perf_counter() + limit
+    with started(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as (process, last):
+        while not (sign.exists() and sign.stat().st_size):
+            if process.poll() is not None:
+                raise ConfigError(f"{' '.join(command[1:3])} ended before its first step: {last()}")
+            if time.perf_counter() > deadline:
+                raise ConfigError(f"{' '.join(command[1:3])} took no step in {limit:g} s: write a longer --limit")
+            time.sleep(_POLL)
+        yield process

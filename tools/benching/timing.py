@@ -8,11 +8,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tools.progress import counting
 
 Result = TypeVar("Result")
-_COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 class Spread(NamedTuple):
@@ -36,8 +35,7 @@ def alternate(names: Sequence[str], turn: Callable[[int, bool], Result], rounds:
     backwards: a machine that grows slower or faster all along favours none.
     """
     found: list[list[Result]] = [[] for _ in names]
-    errors = Console(stderr=True)
-    with Progress(*_COLUMNS, console=errors, transient=True, disable=not errors.is_interactive) as progress:
+    with counting() as progress:
         task = progress.add_task("", total=len(names) * (rounds + 1))
         for number in range(rounds + 1):
             stage = f"round {number} of {rounds}" if number else "warming up"

@@ -7,8 +7,8 @@ from statistics import median
 
 from tools.inspecting.activations import PLACES, Entropies, Layer
 from tools.inspecting.history import History
-from tools.inspecting.style import blocks_axis, dodge, name_runs, panels, plain_log
-from tools.picture import GRAY, color, styled, svg
+from tools.inspecting.style import blocks_axis, dodge, name_runs, plain_log
+from tools.picture import GRAY, color, panels, styled, svg
 
 _MEASURES = {
     "over": "features above 6",

@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 
 from tools.inspecting.history import History
 from tools.inspecting.sites import SiteLook, bent
-from tools.inspecting.style import blocks_axis, name_runs, panels, plain_log
-from tools.picture import GRAY, MARKS, color, styled, svg
+from tools.inspecting.style import blocks_axis, name_runs, plain_log
+from tools.picture import GRAY, MARKS, color, panels, styled, svg
 
 _POINTS = 1500  # of a cloud, beside the extreme ones
 _ATTENTION = ("attn_in", "query", "attn_mid", "attn_out", "attn_post")

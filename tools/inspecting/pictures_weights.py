@@ -11,9 +11,9 @@ from matplotlib.ticker import NullLocator
 from tools.inspecting.gradients import LEVELS, Gradients
 from tools.inspecting.invariance import FACTORS, INPUT, Invariances
 from tools.inspecting.spectra import Spectra
-from tools.inspecting.style import blocks_axis, dodge, name_runs, panels, plain_log
+from tools.inspecting.style import blocks_axis, dodge, name_runs, plain_log
 from tools.inspecting.subject import KINDS
-from tools.picture import GRAY, color, styled, svg
+from tools.picture import GRAY, color, panels, styled, svg
 
 _GAUSSIAN = {"kurtosis": 3.0, "hill": None, "ratio": 4.88, "noise_kurtosis": 3.0}
 _MEASURES = {

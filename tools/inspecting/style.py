@@ -1,4 +1,4 @@
-"""What the pictures have in common: panels, axes, legends. A run has one colour in all of them."""
+"""What the pictures have in common: axes, legends. A run has one colour in all of them."""
 
 from __future__ import annotations
 
@@ -6,30 +6,10 @@ from collections.abc import Sequence
 from math import ceil, floor, log
 from typing import Any
 
-from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from tools.picture import GRAY, color
-
-
-def panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, list[Any]]:
-    """A figure of ``count`` axes in rows of ``columns``, each ``size`` inches."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(max(4.5, size[0] * columns), size[1] * rows + 0.3),
-        squeeze=False,
-        layout="constrained",
-        **options,
-    )
-    axes = list(grid.flat)
-    for place, ax in enumerate(axes[count:], start=count):
-        ax.remove()
-        axes[place - columns].tick_params(labelbottom=True)  # it is the last of its column now
-    return figure, axes[:count]
 
 
 def blocks_axis(ax: Any, label: str = "block") -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from tools.inspecting.activations import PLACES, Entropies, Layer, look_at_attention, look_at_outliers
 from tools.inspecting.history import History, look_at_history
 from tools.inspecting.sites import SiteLook, bent, facts, look_at_sites
-from tools.inspecting.tables import folded, middle, number, share, table
 from tools.inspecting.written import Inspected, Written, of_runs, picture
+from tools.tables import folded, middle, number, share, table
 
 _ALPHAS = ("alpha", "inverse_std")
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from tools.inspecting.gradients import Gradients, look_at_gradients
 from tools.inspecting.invariance import FACTORS, Invariances, look_at_invariance
 from tools.inspecting.spectra import Spectra, look_at_spectra
-from tools.inspecting.tables import folded, middle, number, table
 from tools.inspecting.written import Inspected, Written, of_runs, picture
+from tools.tables import folded, middle, number, table
 
 _HELD = 1e-4  # nats per token: what fp32 rounding may do to a mean loss, with room to spare
 

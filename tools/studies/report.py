@@ -3,7 +3,6 @@ figures of the result as JSON."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from typing import Any
 
@@ -15,15 +14,7 @@ from tools.studies.sections import sections
 from tools.studies.statistics import Interval
 from tools.studies.verdict import Verdict
 
-_NEEDED = ("matplotlib", "scipy", "markdown")
 _FIGURES = "figures"
-
-
-def check_packages() -> None:
-    """Before the first run, not after the last."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"a study's report needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def write_report(verdict: Verdict) -> str:
