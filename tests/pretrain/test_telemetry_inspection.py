@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,11 @@ CLOCK = {"tokens_per_second", "mfu", "data_share", "memory_gb"}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("inspection")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder / "hf"))
-        config = small_config(folder, prepare_small(folder))
-        model = replace(config.model, plan="dyt", dropout=0.1)
-        yield replace(config, model=model, train=replace(config.train, steps=5))
+    config = small_config(folder, prepare_small(folder))
+    model = replace(config.model, plan="dyt", dropout=0.1)
+    return replace(config, model=model, train=replace(config.train, steps=5))
 
 
 def inspected(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from models import ModelConfig
@@ -23,11 +24,13 @@ def small_text(seed: int, words: int) -> str:
 
 
 def prepare_small(folder: Path) -> Path:
-    """Eighty documents of sixty words, a fifth of them for validation. Set HF_HOME to a place of the test's own."""
+    """Eighty documents of sixty words, a fifth of them for validation. What datasets caches stays in ``folder``."""
     source = folder / "text.jsonl"
     source.write_text("".join(f'{{"text": "{small_text(i, 60)}"}}\n' for i in range(80)))
     data = folder / "data"
-    prepare([str(source)], data, Settings(vocab_size=300, validation_fraction=0.2), workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(folder / "hf"))
+        prepare([str(source)], data, Settings(vocab_size=300, validation_fraction=0.2), workers=1)
     return data
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ from tools.benching import checkpoint, data
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration file of a small run."""
     folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder / "hf"))
-        path = folder / "run.yaml"
-        path.write_text(dump(small_config(folder, prepare_small(folder))))
-        yield path
+    path = folder / "run.yaml"
+    path.write_text(dump(small_config(folder, prepare_small(folder))))
+    return path
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,12 +29,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder / "hf"))
-        config = small_config(folder, prepare_small(folder))
-        yield replace(config, model=replace(config.model, vocab_size=300))
+    config = small_config(folder, prepare_small(folder))
+    return replace(config, model=replace(config.model, vocab_size=300))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -26,7 +26,6 @@ def once(names: list[str], turn: Callable[[int, bool], float], rounds: int) -> l
 
 @pytest.mark.drill
 def test_startup_waits_for_the_first_step_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     config = small_config(tmp_path, prepare_small(tmp_path))
     config = replace(config, model=replace(config.model, vocab_size=300), train=replace(config.train, steps=100_000))
     own = tmp_path / "own"

@@ -49,7 +49,6 @@ def test_families_sum_to_the_wall_clock() -> None:
 
 
 def test_a_step_of_ours_has_all_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     config = small_config(tmp_path, prepare_small(tmp_path))
     config = replace(config, model=replace(config.model, vocab_size=300))
     found = profile.measure(config, WORLD, steps=2, warmup=1)

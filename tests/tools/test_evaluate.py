@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,9 @@ LENGTH = 32
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Trainer, Path]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
     folder = tmp_path_factory.mktemp("evaluate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder / "hf"))
-        yield train_small(small_config(folder, prepare_small(folder)))
+    return train_small(small_config(folder, prepare_small(folder)))
 
 
 def call(monkeypatch: pytest.MonkeyPatch, run: Path, *options: str) -> dict[str, Any]:

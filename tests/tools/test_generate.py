@@ -7,8 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,27 +18,24 @@ from hypothesis import strategies as st
 
 from pretrain.data import Tokenizer
 from tests.runs import ONE_THREAD, REPOSITORY
+from tests.tools import calling
 from tests.tools.small_run import WORDS, prepare_small, small_config, train_small
 from tools import generate
-from tools.command import run
 from tools.loading import TrainedRun, load_run
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run long enough to know its ten words."""
     folder = tmp_path_factory.mktemp("generate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder / "hf"))
-        config = small_config(folder, prepare_small(folder))
-        config = replace(config, train=replace(config.train, steps=80, batch_tokens=256, micro_batch=8))
-        yield train_small(config)[1]
+    config = small_config(folder, prepare_small(folder))
+    config = replace(config, train=replace(config.train, steps=80, batch_tokens=256, micro_batch=8))
+    return train_small(config)[1]
 
 
 def speak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
-    run(generate.main)
+    calling.call(generate.main, monkeypatch, *arguments)
     return capsys.readouterr().out
 
 
@@ -132,8 +129,7 @@ def test_a_text_ends_where_the_document_does(
     free = speak(monkeypatch, capsys, *drawn)
     assert "cat" in free
     monkeypatch.setattr(generate, "load_run", exchanged)
-    monkeypatch.setattr(sys, "argv", ["generate", *map(str, drawn)])
-    run(generate.main)
+    calling.call(generate.main, monkeypatch, *drawn)
     said = capsys.readouterr()
     assert said.out == free[: free.index(" cat")] + "\n"
     assert re.fullmatch(r"\d+ tokens in \d+\.\d\d s, \d+\.\d tokens/s\n", said.err)
@@ -203,14 +199,7 @@ MISTAKES: list[tuple[list[str], str]] = [
 ]
 
 
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    with pytest.raises(SystemExit) as left:
-        speak(monkeypatch, capsys, *arguments)
-    said = capsys.readouterr()
-    assert (left.value.code, said.out) == (2, "")
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    return said.err
+fails = partial(calling.fails, generate.main)
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a)[:30] for a, _ in MISTAKES])

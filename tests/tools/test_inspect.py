@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pretrain.config import LogConfig
+from tests.tools import calling
 from tests.tools.small_run import prepare_small, small_config, train_small
 from tools import inspect
-from tools.command import run
 from tools.inspecting.sections import SECTIONS
 
 
@@ -29,9 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return runs
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["inspect", *map(str, arguments)])
-    run(inspect.main)
+call = partial(calling.call, inspect.main)
 
 
 def test_two_runs_side_by_side(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,44 +13,31 @@ from models.loss import IGNORE
 from pretrain.config import CheckpointConfig
 from pretrain.data import open_source
 from pretrain.data.preparation import Settings, prepare
+from tests.tools import calling
 from tests.tools.small_run import prepare_small, small_config, small_text, train_small
 from tools import inspect
-from tools.command import run
 from tools.inspecting.subject import mean_loss, open_subject
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DNT with documents kept apart, two of whose checkpoints were kept."""
     folder = tmp_path_factory.mktemp("inspect")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder / "hf"))
-        config = small_config(folder, prepare_small(folder))
-        dnt = replace(
-            config,
-            name="dnt",
-            model=replace(config.model, plan="dnt", kv_heads=1, tied=True),
-            data=replace(config.data, document_mask=True),
-            checkpoint=CheckpointConfig(every=2, keep=2),
-        )
-        yield train_small(dnt)[1]
+    config = small_config(folder, prepare_small(folder))
+    dnt = replace(
+        config,
+        name="dnt",
+        model=replace(config.model, plan="dnt", kv_heads=1, tied=True),
+        data=replace(config.data, document_mask=True),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+    )
+    return train_small(dnt)[1]
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["inspect", *map(str, arguments)])
-    run(inspect.main)
-
-
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    with pytest.raises(SystemExit) as left:
-        call(monkeypatch, *arguments)
-    said = capsys.readouterr()
-    assert (left.value.code, said.out) == (2, "")
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    return said.err
+call = partial(calling.call, inspect.main)
+fails = partial(calling.fails, inspect.main)
 
 
 def test_what_the_model_is_run_on(trained: Path) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from scipy import stats
 
 from models import ConfigError
 from pretrain.data import open_source
+from tests.tools import calling
 from tests.tools.small_run import prepare_small, small_config, train_small
 from tools import numerics, page
-from tools.command import run
 from tools.loading import load_run
 from tools.quantizing.formats import Treatment
 from tools.quantizing.losses import read_windows
@@ -31,22 +30,18 @@ HARSH = Treatment("int4", activations=True, per_row=False)
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of a run of each plan, on the same data."""
     folder = tmp_path_factory.mktemp("numerics")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder / "hf"))
-        config = small_config(folder, prepare_small(folder))
-        runs = {}
-        for plan in PLANS:
-            train_small(replace(config, name=plan, model=replace(config.model, plan=plan)))
-            runs[plan] = folder / "runs" / plan
-        yield runs
+    config = small_config(folder, prepare_small(folder))
+    runs = {}
+    for plan in PLANS:
+        train_small(replace(config, name=plan, model=replace(config.model, plan=plan)))
+        runs[plan] = folder / "runs" / plan
+    return runs
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["numerics", *map(str, arguments)])
-    run(numerics.main)
+call = partial(calling.call, numerics.main)
 
 
 @pytest.fixture(scope="session")

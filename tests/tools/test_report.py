@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pytest
 
+from tests.tools import calling
 from tools import report
-from tools.command import run
 
 matplotlib.use("agg")
 
@@ -26,19 +27,8 @@ def make_run(folder: Path, losses: list[float], last: float = 3.0) -> Path:
     return folder
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-    run(report.main)
-
-
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    with pytest.raises(SystemExit) as left:
-        call(monkeypatch, *arguments)
-    said = capsys.readouterr()
-    assert (left.value.code, said.out) == (2, "")
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    return said.err
+call = partial(calling.call, report.main)
+fails = partial(calling.fails, report.main)
 
 
 def pixels(path: Path) -> Any:

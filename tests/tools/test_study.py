@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch
 
 from pretrain.files import write_atomically
 from tests.runs import ONE_THREAD, REPOSITORY, committed_steps
+from tests.tools import calling
 from tests.tools.studied import ran, study, tree, write
 from tools import study as command
-from tools.command import run
 from tools.studies.grid import StopEarly
 from tools.studies.hopeless import verdict
 from tools.studies.outcomes import look, read_hopeless
@@ -45,9 +46,7 @@ def on(corpus: Path, steps: int, **changes: Any) -> dict[str, Any]:
     return found
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["study", *map(str, arguments)])
-    run(command.main)
+call = partial(calling.call, command.main)
 
 
 def fails(
