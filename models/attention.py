@@ -13,23 +13,8 @@ from models import kernels
 from models.config import ModelConfig
 from models.norms import RMSNorm
 from models.plan import NormPlan
+from models.rotary import rotate
 from models.weights import build_linear
-
-
-def rotary_table(length: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles, fp32 [length, head_width / 2]."""
-    frequencies = theta ** -(torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE (arXiv 2104.09864) on x [batch, heads, length, head width], pairing features i and i + half, as
-    transformers' LLaMA does, so that converted weights keep their order. fp32 inside."""
-    cosine, sine = table
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cosine - x2 * sine, x2 * cosine + x1 * sine), dim=-1).to(x.dtype)
-
 
 if torch.cuda.is_available():  # FlexAttention has no backward on the CPU, and loading the compiler takes seconds
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

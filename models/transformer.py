@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention, KeyValues, document_mask, rotary_table
+from models.attention import Attention, KeyValues, document_mask
 from models.config import ModelConfig
 from models.feedforward import FeedForward
 from models.loss import cross_entropy_sum
 from models.plan import NormPlan, resolve_plan
 from models.residual import build_residual, join_fused
 from models.roles import Role
+from models.rotary import rotary_table
 
 
 def _through(norm: nn.Module | None, x: Tensor) -> Tensor:

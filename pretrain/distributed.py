@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from models.errors import ConfigError
 from pretrain.config import ParallelConfig
+from pretrain.heap import keep_heap
 from pretrain.rank import adopted
 from pretrain.watchdog import Phase, Watchdog
 
@@ -72,6 +73,7 @@ def _device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but no GPU is visible here; write --device cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
+        keep_heap()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

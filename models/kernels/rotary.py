@@ -1,7 +1,7 @@
 """RoPE (arXiv 2104.09864) of queries or keys, alone or after RMSNorm of each head, in one pass.
 
 Heads are [batch, length, heads, head width], as a linear gives them, with any strides but between the elements of a
-head. The features i and i + half make a pair, as models/attention.py has them. fp32 inside, rounded once.
+head. The features i and i + half make a pair, as models/rotary.py has them. fp32 inside, rounded once.
 """
 
 from __future__ import annotations

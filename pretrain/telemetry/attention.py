@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from models.attention import Attention, rotate
+from models.attention import Attention
+from models.rotary import rotate
 from pretrain.telemetry.sites import hooked
 
 QUERIES = 128  # positions of a sequence that are looked at: scores cost that many rows of the whole square

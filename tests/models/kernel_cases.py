@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels
-from models.attention import rotary_table, rotate
+from models.rotary import rotary_table, rotate
 from tests.models.building import randn
 
 EPS, BRANCH_EPS = 1e-3, 1e-2  # large enough to be seen
@@ -98,7 +98,7 @@ CASES = {
 
 
 def _rotated(x: Tensor) -> Tensor:
-    """RoPE of models/attention.py, which takes heads before positions."""
+    """RoPE of models/rotary.py, which takes heads before positions."""
     cosine, sine = (part.to(x.dtype) for part in table_of(x))
     return rotate(x.transpose(1, 2), (cosine, sine)).transpose(1, 2)
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.attention import attend, document_mask, rotary_table, rotate
+from models.attention import attend, document_mask
+from models.rotary import rotary_table, rotate
 from tests.models.building import VOCABULARY, randn, scrambled, tiny, tokens
 
 # One row sums to the same in another length or batch only up to fp32 rounding of terms of order 1.

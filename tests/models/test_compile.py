@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.attention import document_mask, rotary_table
+from models.attention import document_mask
+from models.rotary import rotary_table
 from tests.models.building import randn, scrambled, tiny
 
 
@@ -38,8 +39,13 @@ def test_compiled_block_equals_eager(plan: str, masked: bool) -> None:
     assert len(eager) == 2 + len(list(block.parameters()))
     torch.compiler.reset()
     block.compile(backend="aot_eager", fullgraph=True)
-    # fp32; the traced graph decomposes norms and reorders their sums
-    torch.testing.assert_close(gradients(block, documents), eager, atol=1e-5, rtol=1e-4)
+    # The traced graph decomposes norms and RoPE and reorders their sums: fp32 roundings of terms as large as a tensor's
+    # largest element. What is one number (an alpha, a shift) is a sum over all tokens, of which little may be left.
+    for name, found in gradients(block, documents).items():
+        atol = 1e-5 * max(1.0, float(eager[name].abs().max()))
+        torch.testing.assert_close(
+            found, eager[name], atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_blocks_share_their_code_however_deep() -> None:

@@ -81,8 +81,9 @@ def misbehave(how: str) -> int:
     ("how", "outcome"), [("raise", "ValueError: the culprit"), ("exit", "died"), ("hang", "did not finish in time")]
 )
 def test_run_ranks_names_the_culprit_and_leaves_no_process(how: str, outcome: str) -> None:
+    before = multiprocessing.active_children()  # a fixture may keep one for the whole session
     with pytest.raises(RankError) as error:
         run_ranks(misbehave, 2, how, timeout=2)
     assert outcome in error.value.outcomes[1]
     assert error.value.outcomes[0] == "finished"
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(before)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from models import ModelConfig, Transformer
-from models.attention import document_mask, rotary_table, rotate
+from models.attention import document_mask
 from models.initialization import initialize
+from models.rotary import rotary_table, rotate
 from pretrain.telemetry.attention import attention_entropies, query_positions, record_attention, visible_keys
 
 LENGTH = 12

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.attention import rotary_table, rotate
 from models.elementwise import Elementwise
+from models.rotary import rotary_table, rotate
 from tests.tools.inspecting import QUIET, make_subject
 from tools.inspecting import subject as subject_module
 from tools.inspecting.activations import look_at_attention, look_at_outliers

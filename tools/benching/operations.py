@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels
-from models.attention import rotary_table, rotate
 from models.errors import ConfigError, nearest
+from models.rotary import rotary_table, rotate
 
 _EPS = 1e-5
 

@@ -1,6 +1,6 @@
 """What others call our tensors, and how they lay them out.
 
-LLaMA's names differ and nothing else does: models/attention.py pairs the features of RoPE as transformers does. GPT-2
+LLaMA's names differ and nothing else does: models/rotary.py pairs the features of RoPE as transformers does. GPT-2
 holds matrices transposed (its Conv1D) and query, key and value as one.
 """
 
