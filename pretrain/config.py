@@ -77,6 +77,11 @@ class TrainConfig:
         "those of models/kernels; torch: none, PyTorch's own operations; auto: triton on a GPU that has it, else torch",
     )
     compile: bool = setting(False, "torch.compile every block")
+    cuda_graphs: bool = setting(
+        False,
+        "compiled blocks are replayed as CUDA graphs: for models so small that a GPU waits for the host; one process, "
+        "one micro-batch a step",
+    )
     activation_checkpointing: Literal["none", "full", "selective"] = setting(
         "none",
         "what the backward computes again instead of keeping it; full: whole blocks; selective: all but matrix "

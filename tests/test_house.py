@@ -174,6 +174,20 @@ def test_every_tool_explains_itself(
     assert said.err == ""
 
 
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_tool_says_in_one_line_what_is_missing(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *(["--no-such-option"] if name == "corpora" else [])])
+    monkeypatch.delitem(sys.modules, f"tools.{name}", raising=False)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(f"tools.{name}", run_name="__main__")
+    said = capsys.readouterr()
+    assert left.value.code == 2
+    assert said.out == ""
+    assert re.fullmatch(rf"error: .*; see python -m tools\.{name} --help\n", said.err)
+
+
 def test_every_setting_is_documented() -> None:
     """``--help`` prints these."""
     from pretrain.cli import KEYS

@@ -41,7 +41,7 @@ from tools.benching.contenders import PEERS, VARIANTS, lineup, variant_of
 from tools.benching.machine import describe
 from tools.benching.operations import CASES, Shapes, check_names
 from tools.benching.report import Report, Table, require_pictures
-from tools.command import run
+from tools.command import Parser, run
 from tools.formats.lazy import DTYPES
 
 
@@ -210,7 +210,7 @@ def _names(text: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.bench",
         usage="%(prog)s BENCHMARK [CONFIG.yaml] [--section.key value ...] [options]",
         description=__doc__,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 from models.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake in the arguments is a ConfigError, one line like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def run(main: Callable[[], None]) -> None:

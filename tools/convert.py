@@ -35,7 +35,7 @@ import torch
 from models.errors import ConfigError
 from pretrain.cli import build, merge, parse_overrides
 from pretrain.data.manifest import read_manifest
-from tools.command import run
+from tools.command import Parser, run
 from tools.formats import deepspeed, huggingface, native, single, source
 from tools.formats.folding import fold, note_in
 from tools.formats.lazy import DTYPES, cast
@@ -152,7 +152,7 @@ def _as_written(weights: Weights, target: str, dtype: torch.dtype | None) -> dic
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

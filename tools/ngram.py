@@ -8,7 +8,6 @@ training validates on. Like the model, it reads a split as one stream: contexts 
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from models.errors import ConfigError
 from pretrain.data.manifest import open_split, read_manifest
-from tools.command import run
+from tools.command import Parser, run
 
 
 class KneserNey:
@@ -94,9 +93,7 @@ def read_tokens(folder: Path, split: str) -> tuple[np.ndarray, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.ngram", description="Bits per byte of an interpolated Kneser-Ney n-gram."
-    )
+    parser = Parser(prog="python -m tools.ngram", description="Bits per byte of an interpolated Kneser-Ney n-gram.")
     parser.add_argument("data", type=Path, help="a folder made by tools.prepare")
     parser.add_argument("--order", type=int, default=4, metavar="N", help="the longest n-gram, in tokens (default 4)")
     parser.add_argument(

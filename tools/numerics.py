@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from models import ConfigError
 from pretrain.checkpoint.commit import committed_steps
 from pretrain.run import RunFolder
-from tools.command import run
+from tools.command import Parser, run
 from tools.loading import load_run
 from tools.page import check_packages
 from tools.quantizing.formats import DEFAULT, Treatment, parse_formats, parse_treatment, treatments
@@ -88,7 +88,7 @@ def _windows(path: Path, sequences: int) -> Windows:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.numerics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs' folders; the first is the reference")

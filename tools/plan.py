@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,7 @@ from pretrain.cli import load
 from pretrain.planning import Plan, Remedy, cluster_of, find_remedy, largest_micro_batch, make_plan
 from pretrain.planning.cluster import FRAGMENTS, NETWORK, RUNTIME
 from pretrain.telemetry.devices import GPUS
-from tools.command import run
+from tools.command import Parser, run
 
 MFU = 0.4
 MFU_SOURCE = "llm-foundry's published 1.3B to 7B on 8 to 512 H100s reach 0.37 to 0.46 in bf16"
@@ -51,14 +51,9 @@ _BESIDE = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the rest, which are the configuration's overrides."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m tools.plan",
         usage="%(prog)s CONFIG.yaml [--section.key value ...] [options]",
         description="Memory, speed and communication of a run on GPUs that are not here.",
@@ -198,6 +193,8 @@ def assumptions(plan: Plan, options: argparse.Namespace) -> list[str]:
             f"GB/s of a GPU, each way: {cluster.intra_node / 1e9:g} in a node{inter}; unless given, {NETWORK:g} of "
             "the data sheets' (pretrain/telemetry/devices.py)"
         )
+    if config.train.kernels != "torch":
+        lines.append("the fused kernels are counted; --train.kernels torch counts PyTorch's operations")
     if config.train.compile and config.train.activation_checkpointing == "none":
         lines.append(
             "compiled blocks save what torch's partitioner lets them; within one they are counted as not fused"

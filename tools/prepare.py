@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pretrain.data.preparation import Settings, prepare
 from tools import corpora
-from tools.command import run
+from tools.command import Parser, run
 
 PUBLIC_DOMAIN = "public-domain"
 
@@ -58,7 +58,7 @@ def _local(source: str, output: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -5,13 +5,12 @@ python -m tools.report runs/tiny runs/other --output curves.png
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError
 from pretrain.run import RunFolder
-from tools.command import run
+from tools.command import Parser, run
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -65,7 +64,7 @@ def draw(runs: list[tuple[str, list[dict[str, Any]]]], output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description="Draw the loss curves of runs.")
+    parser = Parser(prog="python -m tools.report", description="Draw the loss curves of runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="runs' folders")
     parser.add_argument("--output", type=Path, help="the picture (default: loss.png in the first run's folder)")
     arguments = parser.parse_args()

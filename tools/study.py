@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from models.errors import ConfigError
-from tools.command import run
+from tools.command import Parser, run
 from tools.page import check_packages
 from tools.studies.array import submit
 from tools.studies.choosing import choose
@@ -71,7 +71,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.study", description="Run a grid of runs and compare them.")
+    parser = Parser(prog="python -m tools.study", description="Run a grid of runs and compare them.")
     parser.add_argument("study", type=Path, help="a study's YAML file, as configs/studies/tiny.yaml")
     parser.add_argument(
         "--workers", type=int, help="cells at a time; here they share the cores (default 2; all in an array)"

@@ -16,7 +16,7 @@ from models.errors import ConfigError
 from pretrain.data.preparation import Settings, tokenizer_for
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.files import write_atomically
-from tools.command import run
+from tools.command import Parser, run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def _show(file: Path, text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.tokenizer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

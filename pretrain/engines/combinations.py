@@ -8,6 +8,7 @@ from models.config import InitConfig
 from models.errors import ConfigError
 from models.plan import resolve_plan
 from pretrain.config import ParallelConfig, RunConfig
+from pretrain.counts import derive_counts
 from pretrain.distributed import World
 
 
@@ -24,6 +25,18 @@ def _impossible(config: RunConfig, world: World) -> Iterator[str]:
         yield (
             "train.compile with parallel.zero_stage 3: DeepSpeed gathers parameters by hooks inside the blocks, which "
             "a compiled block would not see: write --parallel.zero_stage 2, or --parallel.engine fsdp"
+        )
+    if train.cuda_graphs and not train.compile:
+        yield "train.cuda_graphs without train.compile: they are of compiled blocks; write --train.compile true"
+    if train.cuda_graphs and (world.size > 1 or deepspeed):
+        yield (
+            "train.cuda_graphs with several ranks, or DeepSpeed: a graph reads parameters where they were when it was "
+            "recorded, and these move; write --train.cuda_graphs false"
+        )
+    if train.cuda_graphs and (count := derive_counts(config, world.size).accumulation) > 1:
+        yield (
+            f"train.cuda_graphs with {count} micro-batches a step: the next one's graphs write where the gradients of "
+            "the last one are; write --train.micro_batch null, or --train.cuda_graphs false"
         )
     if deepspeed and parallel.zero_stage == 0 and parallel.cpu_offload:
         yield "parallel.cpu_offload with parallel.zero_stage 0: DeepSpeed offloads from stage 1 on; write 1, 2 or 3"
@@ -103,7 +116,7 @@ def uninspectable(config: RunConfig, world: World) -> dict[str, str]:
     return {}
 
 
-def unheeded(config: RunConfig) -> list[str]:
+def unheeded(config: RunConfig, world: World) -> list[str]:
     """A line for each setting that means nothing beside the others, so that none is ignored in silence."""
     default, parallel, precision, init = ParallelConfig(), config.parallel, config.precision, config.model.init
     keys = ("zero_stage",) if parallel.engine == "fsdp" else ("shard", "shard_size", "prefetch")
@@ -117,6 +130,8 @@ def unheeded(config: RunConfig) -> list[str]:
         lines.append("precision.fp8_skip, fp8_skip_first and fp8_skip_last do nothing where precision.fp8 is none")
     if precision.fp8 == "none" and precision.fp8_input_scale != "dynamic":
         lines.append("precision.fp8_input_scale does nothing where precision.fp8 is none")
+    if config.train.cuda_graphs and world.device.type == "cpu":
+        lines.append("train.cuda_graphs does nothing on a CPU")
     if config.log.inspect is not None and not config.log.inspect_every:
         lines.append("log.inspect does nothing where log.inspect_every is 0")
     rule = resolve_plan(config.model).init

@@ -29,8 +29,11 @@ def require_compiler(device: torch.device) -> None:
         raise ConfigError(f"train.compile needs {lack}, which is not here: install it, or write --train.compile false")
 
 
-def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
-    """Each block by itself: all have the same code, so one compilation serves them, and FSDP wraps them unchanged."""
+def compile_blocks(blocks: nn.ModuleList, device: torch.device, cuda_graphs: bool) -> None:
+    """Each block by itself: all have the same code, so one compilation serves them, and FSDP wraps them unchanged.
+
+    With ``cuda_graphs`` a block's kernels are recorded once and replayed, forward and backward each by one launch.
+    """
     require_compiler(device)
     for block in blocks:
-        block.compile()
+        block.compile(mode="reduce-overhead" if cuda_graphs else None)

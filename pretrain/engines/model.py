@@ -50,7 +50,7 @@ class ModelEngine:
         self._kernels = fuse_kernels(self.model, config.train.kernels, world.device)
         checkpoint_activations(blocks, config.train)
         if config.train.compile:
-            compile_blocks(blocks, world.device)
+            compile_blocks(blocks, world.device, config.train.cuda_graphs)
         elif config.data.document_mask and world.device.type == "cuda":
             require_compiler(world.device)  # FlexAttention is compiled in any case
         self.settings: dict[str, Any] = {}
@@ -62,7 +62,7 @@ class ModelEngine:
     def describe(self) -> list[str]:
         """What the settings amount to, for the start of a run: a line each."""
         float8 = describe_float8(self._config.precision.fp8, self._float8, self._bounded, self._world.device)
-        return [*self._kernels, *float8, *unheeded(self._config)]
+        return [*self._kernels, *float8, *unheeded(self._config, self._world)]
 
     def scale_alphas(self, factor: float) -> None:
         """Multiply every alpha, and keep it within ``optimizer.alpha.bounds``; no host synchronization."""
@@ -94,6 +94,8 @@ class ModelEngine:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         train = self._config.train
+        if train.cuda_graphs:  # what the last pass left in the graphs' memory has been read
+            torch.compiler.cudagraph_mark_step_begin()
         with self.compute():
             return self._forward(batch.inputs, batch.targets, batch.documents, train.z_loss, train.loss_chunk)
 

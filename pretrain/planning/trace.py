@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import Transformer, parameter_roles
+from models import Transformer, kernels, parameter_roles
 from models.config import ModelConfig
 from models.plan import resolve_plan
 from pretrain.batch import make_batch
@@ -83,6 +83,8 @@ def _trace(config: RunConfig, micro_batch: int, gathered_bf16: bool, keeps_gradi
     caches = config.parallel.engine == "deepspeed"  # its own autocast; engines/model.py has one without
     with FakeTensorMode():
         model = _model(replace(config.model, depth=depth, first_blocks=first), gathered_bf16)
+        if on_gpu and config.train.kernels != "torch":
+            kernels.fuse(model)
         checkpoint_activations(model.blocks, config.train)
         compiled = config.train.compile and config.train.activation_checkpointing == "none"
         if compiled:

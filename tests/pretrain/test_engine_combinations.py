@@ -18,6 +18,7 @@ from pretrain.config import RunConfig
 from pretrain.distributed import World
 from pretrain.engines import build_engine
 from pretrain.engines.combinations import unheeded
+from pretrain.engines.compiling import missing_compiler
 from pretrain.engines.mesh import shard_size
 from tests.grids import surveyed
 from tests.pretrain.engine_runs import advance, batch_of, config_of, here, train, train_all
@@ -37,6 +38,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     **{f"ZeRO-{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)},
 }
 GPU = World(0, 1, torch.device("cuda"))
+GRAPHS = {"compile": True, "cuda_graphs": True}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,22 @@ def test_compiled_and_checkpointed_alone(plain: dict[Any, Any]) -> None:
         assert steps == [pytest.approx(step, rel=1e-4) for step in plain[plan]], (name, plan)
 
 
+@pytest.mark.drill
+@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="inductor builds C++")
+def test_cuda_graphs_do_nothing_on_a_cpu(plain: dict[Any, Any]) -> None:
+    torch.compiler.reset()
+    assert train(config_of("dnt", train=GRAPHS), 5) == [pytest.approx(step, rel=1e-4) for step in plain["dnt"]]
+
+
+@pytest.mark.parametrize(("graphs", "mode"), [(True, "reduce-overhead"), (False, None)])
+def test_blocks_are_compiled_for_graphs(graphs: bool, mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **settings: asked.append(settings))
+    config = config_of(train=GRAPHS | {"cuda_graphs": graphs})
+    build_engine(config, here())
+    assert asked == [{"mode": mode}] * config.model.depth
+
+
 @pytest.mark.parametrize(
     ("sections", "world", "says"),
     [
@@ -148,6 +166,10 @@ def test_compiled_and_checkpointed_alone(plain: dict[Any, Any]) -> None:
         ({"parallel": {"cpu_offload": True}}, GPU, "--parallel.cpu_offload false"),
         ({"parallel": {"shard_size": 2}}, here(), "--parallel.shard hybrid"),
         ({"precision": {"fp8": "rowwise"}}, GPU, "--precision.compute bf16"),
+        ({"train": {"cuda_graphs": True}}, GPU, "--train.compile true"),
+        ({"train": GRAPHS}, World(0, 2, torch.device("cuda")), "--train.cuda_graphs false"),
+        ({"train": GRAPHS, "parallel": {"engine": "deepspeed"}}, GPU, "--train.cuda_graphs false"),
+        ({"train": GRAPHS | {"micro_batch": 1}}, GPU, "--train.micro_batch null"),
         ({"train": {"checkpoint_every_block": 2}}, here(), "with selective, or null"),
         (
             {"train": {"activation_checkpointing": "selective", "checkpoint_every_block": 0}},
@@ -205,10 +227,13 @@ def test_settings_that_do_nothing_are_said() -> None:
     said = build_engine(config_of(parallel={"zero_stage": 3}, precision={"fp8_skip_first": 1}), here()).describe()
     assert "parallel.zero_stage 3 is of engine deepspeed and does nothing here" in said
     assert "precision.fp8_skip, fp8_skip_first and fp8_skip_last do nothing where precision.fp8 is none" in said
-    assert unheeded(config_of(parallel={"engine": "deepspeed", "zero_stage": 3})) == []
-    assert unheeded(config_of(parallel={"engine": "deepspeed", "shard": "hybrid"})) == [
+    assert unheeded(config_of(parallel={"engine": "deepspeed", "zero_stage": 3}), GPU) == []
+    assert unheeded(config_of(parallel={"engine": "deepspeed", "shard": "hybrid"}), GPU) == [
         "parallel.shard hybrid is of engine fsdp and does nothing here"
     ]
+    replayed = config_of(train={"compile": True, "cuda_graphs": True})
+    assert unheeded(replayed, here()) == ["train.cuda_graphs does nothing on a CPU"]
+    assert unheeded(replayed, GPU) == []
 
 
 def ruin(stage: int) -> list[float]:

@@ -14,7 +14,7 @@ import pytest
 from models import ConfigError
 from pretrain.config import RunConfig
 from pretrain.engines.combinations import unheeded
-from tests.pretrain.engine_runs import config_of, train, train_all
+from tests.pretrain.engine_runs import config_of, here, train, train_all
 from tests.pretrain.test_engine_parity import BF16, FP32
 from tests.ranks import run_ranks
 from tests.runs import pretrain, write_config
@@ -69,10 +69,10 @@ def test_8_bit_linears_are_refused(plan: str) -> None:
 
 
 def test_settings_that_a_rule_leaves_no_room_for_are_told() -> None:
-    (line,) = unheeded(config_of("fixup"))
+    (line,) = unheeded(config_of("fixup"), here())
     assert "model.init.std" in line
     assert "fixup" in line
-    assert unheeded(config_of("dnt")) == []
+    assert unheeded(config_of("dnt"), here()) == []
 
 
 def test_a_recipe_that_is_known_to_fail_is_told_at_start(corpus: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import PLANS, ConfigError, ModelConfig, Transformer
+from models import PLANS, ConfigError, ModelConfig, Transformer, kernels
 from models.initialization import initialize
 from pretrain.cli import load
 from pretrain.config import DataConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
@@ -131,6 +131,20 @@ def test_what_a_block_saves_is_what_real_tensors_show(plan: str, compute: str) -
     assert cost.total == saved[1] - saved[0]
 
 
+@pytest.mark.parametrize("plan", ["llama", "dnt", "dyt"])
+def test_fused_kernels_save_less(plan: str) -> None:
+    """On a GPU, unless it is told not to use them; what they save is what their operators keep of real tensors."""
+    config = replace(small(precision={"compute": "bf16"}), model=replace(small().model, plan=plan))
+    plain = replace(config, train=replace(config.train, kernels="torch"))
+    fused, unfused = (
+        trace(of, 2, gathered_bf16=False, keeps_gradients=True, on_gpu=True).blocks[-1].saved.total
+        for of in (config, plain)
+    )
+    two, three = (_saved_by_a_real_forward(config, depth, fused=True) for depth in (2, 3))
+    assert fused == three - two
+    assert fused < 0.9 * unfused
+
+
 @pytest.mark.parametrize(
     ("plan", "compile"),
     [
@@ -170,8 +184,10 @@ def test_sizes_are_the_models(plan: str, ranks: int) -> None:
     assert sizes.replicated == sum(vectors)
 
 
-def _saved_by_a_real_forward(config: RunConfig, depth: int) -> int:
+def _saved_by_a_real_forward(config: RunConfig, depth: int, fused: bool = False) -> int:
     model = Transformer(replace(config.model, depth=depth))
+    if fused:
+        kernels.fuse(model)
     initialize(model, config.model, 0)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, Tensor] = {}

@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "train.micro_batch",
     "train.loss_chunk",
     "train.compile",
+    "train.cuda_graphs",
     "train.kernels",
     "train.activation_checkpointing",
     "train.checkpoint_every_block",

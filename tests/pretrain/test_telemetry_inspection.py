@@ -211,7 +211,7 @@ def test_what_cannot_be_had_is_refused_where_it_is_named(kind: str) -> None:
     assert "\n" not in str(error.value)
     assert kind in uninspectable(config_of(**sections), here())
     idle = config_of(**sections, log={"inspect": [kind]})
-    assert "log.inspect does nothing where log.inspect_every is 0" in unheeded(idle)
+    assert "log.inspect does nothing where log.inspect_every is 0" in unheeded(idle, here())
 
 
 @pytest.mark.parametrize(

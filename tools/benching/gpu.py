@@ -34,7 +34,7 @@ _TOY: dict[str, Any] = {
     "device": "cpu",
     "model": {"width": 64, "depth": 2, "heads": 2, "ffn_width": 128, "context": 64},
     "data": {"sequence_length": 64},
-    "train": {"batch_tokens": 128, "micro_batch": 1, "compile": False},
+    "train": {"batch_tokens": 128, "micro_batch": 1, "compile": False, "cuda_graphs": False},
 }
 
 
@@ -87,6 +87,11 @@ def parts(folder: Path, memory: float, dry: bool) -> list[Part]:
         config(f"1.3b-dnt{name}", "llama-1.3b.yaml", model={"plan": "dnt"}, train=small | {"kernels": kind})
         for name, kind in (("", "auto"), ("-without-kernels", "torch"))
     )
+    tiny: dict[str, Any] = {"batch_tokens": 4096, "micro_batch": 4, "compile": True}
+    replayed, launched = (
+        config(f"124m{name}", "gpt-124m.yaml", train=tiny | {"cuda_graphs": bool(name)}, precision={"compute": "bf16"})
+        for name in ("-cuda-graphs", "")
+    )
     seven = config(
         "7b-msgdw-bf16-momentum",
         "llama-7b.yaml",
@@ -108,6 +113,7 @@ def parts(folder: Path, memory: float, dry: bool) -> list[Part]:
         *(Part(f"3b-{plan}", ("model", three, "--plans", plan, *seldom), 90) for plan in ("llama", "dnt", "dyt")),
         Part("7b-one-card", ("model", seven, "--plans", "llama", *seldom), 150),
         Part("1.3b-dnt-kernels", ("model", fused, "--against", plain, *seldom), 90),
+        Part("124m-cuda-graphs", ("model", replayed, "--against", launched, *seldom), 90),
         Part("1.3b-fp8", ("model", eight[0], "--against", f"{one},{eight[1]}", *seldom), 120),
         Part("1.3b-hf", ("model", one, "--plans", "llama", "--against", "hf", *seldom), 120),
     ]

@@ -8,7 +8,6 @@ copied at submission; nothing edited later changes what is compared.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import select
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from models.errors import ConfigError
 from pretrain.files import write_atomically
-from tools.command import run
+from tools.command import Parser, run
 from tools.studies.choosing import choose
 from tools.studies.grid import Cell, Study, named, read_study
 from tools.studies.hopeless import stop_if_hopeless
@@ -81,9 +80,7 @@ def cell_of(study: Study, phase: str, element: int) -> Cell | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.studies.array", description="What launch/study.sbatch calls."
-    )
+    parser = Parser(prog="python -m tools.studies.array", description="What launch/study.sbatch calls.")
     parser.add_argument("study", type=Path, help="the study's file")
     parser.add_argument("phase", choices=["tuning", "final"])
     parser.add_argument("element", type=int, help="of the array")
