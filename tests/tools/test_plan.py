@@ -49,6 +49,8 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
         "8",
         "--train.compile",
         "false",
+        "--train.kernels",
+        "torch",
     ]
     code, plan = planned(capsys, *arguments)
     assert (code, plan["fits"], plan["largest_micro_batch"]) == (1, False, None)
