@@ -12,7 +12,6 @@ needs nothing else, report.md with figures/, and results.json. Several runs stan
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from models.errors import ConfigError, nearest
-from pretrain.files import write_atomically
 from tools.command import Parser, run
 from tools.inspecting.sections import SECTIONS, inspect
 from tools.inspecting.subject import open_subject
 from tools.inspecting.written import Inspected, Written, plain
-from tools.page import check_packages, page
+from tools.page import check_packages, write_report
 from tools.progress import counting
 from tools.report import labels
 from tools.tables import table
@@ -73,15 +71,7 @@ def _write(output: Path, runs: Sequence[Inspected], parts: dict[str, Written]) -
     results = [
         plain(one.facts | {name: part.results[place] for name, part in parts.items()}) for place, one in enumerate(runs)
     ]
-    try:
-        (output / "figures").mkdir(parents=True, exist_ok=True)
-        for name, svg in figures.items():
-            write_atomically(output / "figures" / f"{name}.svg", svg.encode())
-        write_atomically(output / "report.md", text.encode() + b"\n")
-        write_atomically(output / "report.html", page(title, text, figures).encode())
-        write_atomically(output / "results.json", json.dumps(results, indent=1, allow_nan=False).encode() + b"\n")
-    except OSError as error:
-        raise ConfigError(f"cannot write the report to {output}: {error.strerror}") from None
+    write_report(output, title, text + "\n", figures, results)
 
 
 def _facts(runs: Sequence[Inspected]) -> str:

@@ -28,11 +28,11 @@ from pretrain.checkpoint.commit import committed_steps
 from pretrain.run import RunFolder
 from tools.command import Parser, run
 from tools.loading import load_run
-from tools.page import check_packages
+from tools.page import check_packages, make_folder
 from tools.quantizing.formats import DEFAULT, Treatment, parse_formats, parse_treatment, treatments
 from tools.quantizing.losses import Windows, read_windows
 from tools.quantizing.measuring import Question, measure, passes
-from tools.quantizing.report import make_folder, write_report
+from tools.quantizing.report import write_measured
 from tools.quantizing.sections import summary
 from tools.report import labels
 
@@ -53,7 +53,7 @@ def main() -> None:
             trained = load_run(path, torch.device(arguments.device))
             task = progress.add_task(name, total=len(read[0]) * passes(trained, question))
             measured.append(measure(name, path, trained, read, question, partial(progress.advance, task)))
-    write_report(measured, question, output)
+    write_measured(measured, question, output)
     print(summary(measured, question))
     print(f"\nreport: {output / 'report.html'}")
 

@@ -1,15 +1,22 @@
-"""Markdown with figures as one HTML page that needs nothing else."""
+"""A report in a folder: Markdown with its figures beside it, the same as one HTML page that needs nothing else, and its
+results as JSON."""
 
 from __future__ import annotations
 
 import html
 import importlib.util
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from models.errors import ConfigError
+from pretrain.files import write_atomically
 
 _NEEDED = ("matplotlib", "scipy", "markdown")  # for the figures, their intervals and fits, and the page
+FIGURES = "figures"  # the folder beside report.md, of NAME.svg
+_LINK = re.compile(r"\]\(figures/([^/()]+\.svg)\)")
 _IMAGE = re.compile(r'<p><img alt="([^"]*)" src="figures/([^"]+)\.svg" ?/?></p>')
 _PAGE = """\
 <!DOCTYPE html>
@@ -46,6 +53,38 @@ def check_packages(what: str = "the report") -> None:
     """ConfigError if one that a report takes is not here: before the first run or forward, not after the last."""
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{what} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def make_folder(folder: Path) -> None:
+    """For ``write_report``, before there is anything to lose. ConfigError if it cannot be made."""
+    try:
+        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write the report to {folder}: {error.strerror}") from None
+
+
+def write_report(folder: Path, title: str, text: str, figures: Mapping[str, str], results: Any) -> None:
+    """Write report.md (``text``), report.html, ``figures`` (SVG by name) and results.json; what an earlier report there
+    showed and this one does not goes."""
+    found = json.dumps(results, indent=2, allow_nan=False)
+    make_folder(folder)
+    try:
+        _clear(folder, figures)
+        for name, svg in figures.items():
+            write_atomically(folder / FIGURES / f"{name}.svg", svg.encode())
+        write_atomically(folder / "report.md", text.encode())
+        write_atomically(folder / "report.html", page(title, text, figures).encode())
+        write_atomically(folder / "results.json", found.encode() + b"\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write the report to {folder}: {error.strerror}") from None
+
+
+def _clear(folder: Path, figures: Mapping[str, str]) -> None:
+    """Only what that report names: the folder may be anybody's."""
+    earlier = folder / "report.md"
+    for file in _LINK.findall(earlier.read_text(encoding="utf-8")) if earlier.exists() else ():
+        if file.removesuffix(".svg") not in figures:
+            (folder / FIGURES / file).unlink(missing_ok=True)
 
 
 def page(title: str, markdown_text: str, figures: Mapping[str, str]) -> str:

@@ -28,7 +28,7 @@ from tools.studies.array import submit
 from tools.studies.choosing import choose
 from tools.studies.grid import Cell, StopEarly, Study, read_study
 from tools.studies.outcomes import STOPPED, Result
-from tools.studies.report import write_report
+from tools.studies.report import write_verdict
 from tools.studies.running import Interrupted, run_cells
 from tools.studies.sections import summary
 from tools.studies.verdict import Verdict
@@ -61,7 +61,7 @@ def run_here(study: Study, workers: int) -> None:
 def report(study: Study) -> None:
     """Write it, and print what matters most of it."""
     verdict = Verdict.of(study)
-    write_report(verdict)
+    write_verdict(verdict)
     print(summary(verdict))
     print(f"\nreport: {study.folder / 'report.html'}")
 

@@ -17,7 +17,7 @@ from tests.tools.studied import ran, study
 from tools.studies.choosing import choose
 from tools.studies.grid import Cell, Study
 from tools.studies.outcomes import look, write_hopeless
-from tools.studies.report import write_report
+from tools.studies.report import write_verdict
 from tools.studies.verdict import Verdict
 
 LLAMA, DNT = ("llama", "tuned"), ("dnt", "tuned")
@@ -61,7 +61,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Verdict
         tune(found, inner_is_best)
         finish(found, ordinary)
         verdict = Verdict.of(found)
-        yield verdict, write_report(verdict)
+        yield verdict, write_verdict(verdict)
 
 
 def test_the_best_has_the_lowest_mean_over_the_seeds(here: Path) -> None:
@@ -137,7 +137,7 @@ def test_no_mean_over_the_seeds_that_survived(here: Path) -> None:
     assert verdict.loss(DNT) is verdict.bits_per_byte(DNT) is None
     assert verdict.comparisons[0].reason == "dnt tuned: 1 diverged"
     assert "dnt tuned: 1 of 3 final runs diverged at optimizer.lr 0.1" in verdict.cautions[0]
-    text = write_report(verdict)
+    text = write_verdict(verdict)
     assert "| dnt | tuned | optimizer.lr 0.1 | none: 1 diverged |" in text
     assert "| dnt tuned − llama tuned | not compared | dnt tuned: 1 diverged |" in text
 
@@ -207,7 +207,7 @@ def test_what_was_stopped_early_is_listed_and_counts_as_worse(here: Path) -> Non
     finish(found, ordinary)
     verdict = Verdict.of(found)
     assert verdict.chosen[LLAMA] == (("optimizer.lr", 0.1),), "the value that was stopped had the lowest loss"
-    text = write_report(verdict)
+    text = write_verdict(verdict)
     assert "- 1 tuning runs were stopped early" in text
     assert "**0.1: 3.0000**; 1: 1 stopped early" in text
     assert re.search(r"\| llama-tuned-lr1-seed0 \| tuning \| stopped early \|.*at step 7 its loss was 5.000", text)
@@ -265,7 +265,7 @@ def test_the_report_is_one_page_and_the_same_as_markdown(complete: tuple[Verdict
     ):
         assert row in text
         assert page_has(html, row), row
-    write_report(verdict)
+    write_verdict(verdict)
     assert (folder / "report.html").read_text() == html, "the same results are the same file"
 
 
@@ -304,7 +304,7 @@ def test_results_for_programs(complete: tuple[Verdict, str]) -> None:
 
 
 def test_a_report_before_the_first_run(here: Path) -> None:
-    text = write_report(Verdict.of(study(here)))
+    text = write_verdict(Verdict.of(study(here)))
     assert "- the study is not complete" in text
     assert "| llama | tuned | none | none: 3 unfinished |" in text
 
@@ -312,4 +312,4 @@ def test_a_report_before_the_first_run(here: Path) -> None:
 def test_a_folder_that_cannot_be_written(here: Path) -> None:
     (here / "runs").write_text("")
     with pytest.raises(ConfigError, match="cannot write the report to runs/small"):
-        write_report(Verdict.of(study(here)))
+        write_verdict(Verdict.of(study(here)))

@@ -1,45 +1,24 @@
-"""The report in a folder: Markdown with its figures beside it, the same as one HTML file, and all figures as JSON."""
+"""What was measured, as a report: its figures, its text, and all of it for other programs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import expm1, isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from models.errors import ConfigError
-from pretrain.files import write_atomically
-from tools.page import page
+from tools.page import FIGURES, write_report
 from tools.quantizing.measuring import Measured, Question
 from tools.quantizing.sections import TITLE, sections
 from tools.studies.statistics import Interval
 
-_FIGURES = "figures"
 
-
-def make_folder(folder: Path) -> None:
-    """For ``write_report``, before there is anything to lose. ConfigError if it cannot be made."""
-    try:
-        (folder / _FIGURES).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write the report to {folder}: {error.strerror}") from None
-
-
-def write_report(measured: Sequence[Measured], question: Question, folder: Path) -> None:
-    """Write report.md, report.html, figures/ and results.json into a folder of ``make_folder``."""
+def write_measured(measured: Sequence[Measured], question: Question, folder: Path) -> None:
+    """Write the report of what was measured into ``folder``."""
     drawn = _draw(measured, question)
-    text = sections(measured, question, {name: f"{_FIGURES}/{name}.svg" for name in drawn})
-    try:
-        for name, svg in drawn.items():
-            write_atomically(folder / _FIGURES / f"{name}.svg", svg.encode())
-        write_atomically(folder / "report.md", text.encode())
-        write_atomically(folder / "report.html", page(TITLE, text, drawn).encode())
-        found = json.dumps(results(measured, question), indent=2, allow_nan=False)
-        write_atomically(folder / "results.json", found.encode() + b"\n")
-    except OSError as error:
-        raise ConfigError(f"cannot write the report to {folder}: {error.strerror}") from None
+    text = sections(measured, question, {name: f"{FIGURES}/{name}.svg" for name in drawn})
+    write_report(folder, TITLE, text, drawn, results(measured, question))
 
 
 def _draw(measured: Sequence[Measured], question: Question) -> dict[str, str]:

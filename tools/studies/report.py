@@ -1,36 +1,21 @@
-"""A study's report: Markdown with its figures beside it, the same as one HTML file that needs nothing else, and the
-figures of the result as JSON."""
+"""A study's report: its figures, its text, and what other programs may want of it."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from models.errors import ConfigError
-from pretrain.files import write_atomically
-from tools.page import page
+from tools.page import FIGURES, write_report
 from tools.studies.grid import Arm, named, tuned_keys
 from tools.studies.sections import sections
 from tools.studies.statistics import Interval
 from tools.studies.verdict import Verdict
 
-_FIGURES = "figures"
 
-
-def write_report(verdict: Verdict) -> str:
-    """Write report.md, report.html, figures/ and results.json into the study's folder; returns the Markdown."""
-    folder = verdict.study.folder
+def write_verdict(verdict: Verdict) -> str:
+    """Write the report into the study's folder; returns its Markdown."""
     figures = draw(verdict)
-    text = sections(verdict, {name: f"{_FIGURES}/{name}.svg" for name in figures})
-    try:
-        (folder / _FIGURES).mkdir(parents=True, exist_ok=True)
-        for name, svg in figures.items():
-            write_atomically(folder / _FIGURES / f"{name}.svg", svg.encode())
-        write_atomically(folder / "report.md", text.encode())
-        write_atomically(folder / "report.html", page(verdict.study.name, text, figures).encode())
-        write_atomically(folder / "results.json", json.dumps(results(verdict), indent=2).encode() + b"\n")
-    except OSError as error:
-        raise ConfigError(f"cannot write the report to {folder}: {error.strerror}") from None
+    text = sections(verdict, {name: f"{FIGURES}/{name}.svg" for name in figures})
+    write_report(verdict.study.folder, verdict.study.name, text, figures, results(verdict))
     return text
 
 
