@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from pathlib import Path
 
 from launch.launches import Launch, committed_step
 from models.errors import ConfigError
+from pretrain.arguments import Parser
 from pretrain.cli import load
 from pretrain.config import RunConfig
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch begin", description=__doc__)
+    parser = Parser(prog="python -m launch begin", description=__doc__)
     parser.add_argument("frozen", type=Path, help="what launch freeze printed")
     parser.add_argument("--nodes", nargs="+", default=[], help="the hosts of the allocation")
     given = parser.parse_args(arguments)

@@ -7,13 +7,13 @@ none, the run was killed or crashed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.launches import Launch, committed_step, launches_of, read
+from pretrain.arguments import Parser
 
 FINISHED, STOPPED = 0, 75
 
@@ -25,7 +25,7 @@ class Decision(NamedTuple):
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch decide", description=__doc__)
+    parser = Parser(prog="python -m launch decide", description=__doc__)
     parser.add_argument("launch", type=Path, help="the launch's folder")
     parser.add_argument("--terminated", action="store_true", help="the batch script got SIGTERM")
     parser.add_argument("--max-requeues", type=int, default=100, help="of one job (default 100)")

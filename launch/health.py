@@ -42,6 +42,7 @@ from launch.judgement import Finding, Limits, judge
 from launch.readings import BETWEEN, INSIDE, Reading
 from models.errors import ConfigError
 from pretrain.agreement import Ranks
+from pretrain.arguments import Parser
 from pretrain.distributed import World, joined
 from pretrain.files import write_atomically
 from pretrain.rank import rank_in_environment
@@ -261,7 +262,7 @@ def report(readings: Sequence[Reading], findings: Sequence[Finding], file: Path 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Limits]:
     """The options, and the limits among them."""
     usage = Limits()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch health",
         description="Check devices, network, disks and clocks of all ranks before a run's first step.",
         epilog="Exit code 0: healthy; 1: not; 2: a mistake in what was given.",

@@ -13,7 +13,6 @@ Errors. A rank's failure is one line with its log, instead of torchrun's traceba
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import signal
@@ -26,12 +25,13 @@ from pathlib import Path
 from launch.launches import HEALTH, Launch, read
 from models.errors import ConfigError
 from pretrain import launched
+from pretrain.arguments import Parser
 
 ASKING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch node", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m launch node", description=__doc__.splitlines()[0])
     parser.add_argument("launch", type=Path, help="the launch's folder, which launch begin printed")
     parser.add_argument("--address", required=True, help="the host of the first node")
     parser.add_argument("--port", type=int, required=True, help="the ranks meet there")

@@ -6,7 +6,6 @@ RUN/stop`` has one committed and the run ended, until it is started again. The f
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 from launch.launches import Launch, committed_step, launches_of
 from models.errors import ConfigError, nearest
+from pretrain.arguments import Parser
 from pretrain.control import SAVE_FILE, STOP_FILE
 from pretrain.counts import derive_counts
 from pretrain.lock import Owner, beating, newest
@@ -26,7 +26,7 @@ _SHOWN = ("loss", "val_loss", "val_bits_per_byte", "tokens_per_second", "mfu")
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch status", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m launch status", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run's folder, runs/NAME")
     parser.add_argument("--json", action="store_true", help="the same for a program")
     given = parser.parse_args(arguments)

@@ -30,7 +30,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _RotationOnCPU(torch.autograd.Function):
-    """Three operations that write where the result stands, where a chain has seven and as many in its gradient."""
+    """A product and two sums in place, forward and backward, where a chain has seven operations and as many."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -44,6 +44,7 @@ class _RotationOnCPU(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """x turned by the angles; back, with the negative sines."""
     y = x * torch.cat((cosine, cosine), dim=-1)
     (x1, x2), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
     y1.addcmul_(x2, sine, value=-1)

@@ -30,6 +30,7 @@ import torch
 import torch._dynamo
 
 from models.errors import ConfigError, nearest
+from pretrain.arguments import Parser
 from pretrain.cli import load
 from pretrain.config import RunConfig
 from pretrain.data import open_source
@@ -41,7 +42,7 @@ from tools.benching.contenders import PEERS, VARIANTS, lineup, variant_of
 from tools.benching.machine import describe
 from tools.benching.operations import CASES, Shapes, check_names
 from tools.benching.report import Report, Table, require_pictures
-from tools.command import Parser, run
+from tools.command import run
 from tools.formats.lazy import DTYPES
 
 

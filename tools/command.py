@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
 
 from models.errors import ConfigError
 
 
-class Parser(argparse.ArgumentParser):
-    """A mistake in the arguments is a ConfigError, one line like every other."""
+def require_device(name: str) -> None:
+    """ConfigError if ``name`` is cuda and there is no GPU."""
+    import torch
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but no GPU is visible here; write cpu")
 
 
 def run(main: Callable[[], None]) -> None:

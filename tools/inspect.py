@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from models.errors import ConfigError, nearest
-from tools.command import Parser, run
+from pretrain.arguments import Parser
+from tools.command import require_device, run
 from tools.inspecting.sections import SECTIONS, inspect
 from tools.inspecting.subject import open_subject
 from tools.inspecting.written import Inspected, Written, plain
-from tools.page import check_packages, write_report
+from tools.page import check_packages, make_folder, write_report
 from tools.progress import counting
 from tools.report import labels
 from tools.tables import table
@@ -35,10 +36,12 @@ def main() -> None:
     arguments = _parser().parse_args()
     names = _sections(arguments.only)
     _check(arguments)
+    output: Path = arguments.output or arguments.runs[0] / "inspect"
+    if arguments.output is not None:
+        make_folder(output)  # every mistake before the first forward
     with counting() as progress:
         runs = _look(arguments, names, progress)
         parts = {name: SECTIONS[name].write(runs) for name in progress.track(names, description="pictures")}
-    output: Path = arguments.output or arguments.runs[0] / "inspect"
     _write(output, runs, parts)
     console = Console(highlight=False, soft_wrap=True)
     for place, one in enumerate(runs):
@@ -112,8 +115,7 @@ def _sections(only: str | None) -> list[str]:
 
 def _check(arguments: argparse.Namespace) -> None:
     check_packages()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but no GPU is visible here; write cpu")
+    require_device(arguments.device)
     if arguments.sequences < 2:
         raise ConfigError(f"--sequences is {arguments.sequences}: write 2 or more, noise is what two differ by")
 

@@ -15,8 +15,9 @@ import numpy as np
 from rich.console import Console
 
 from models.errors import ConfigError
+from pretrain.arguments import Parser
 from pretrain.data.manifest import open_split, read_manifest
-from tools.command import Parser, run
+from tools.command import run
 
 
 class KneserNey:

@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from models import ConfigError
+from pretrain.arguments import Parser
 from pretrain.checkpoint.commit import committed_steps
 from pretrain.run import RunFolder
-from tools.command import Parser, run
+from tools.command import require_device, run
 from tools.loading import load_run
 from tools.page import check_packages, make_folder
 from tools.quantizing.formats import DEFAULT, Treatment, parse_formats, parse_treatment, treatments
@@ -70,8 +71,7 @@ def _question(arguments: argparse.Namespace) -> Question:
 
 def _check(arguments: argparse.Namespace) -> None:
     check_packages()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but no GPU is visible here; write cpu")
+    require_device(arguments.device)
     if arguments.sequences < 2:
         raise ConfigError(f"--sequences is {arguments.sequences}: write 2 or more; one tells nothing of chance")
     resolved = [path.resolve() for path in arguments.runs]

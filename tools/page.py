@@ -16,7 +16,7 @@ from pretrain.files import write_atomically
 
 _NEEDED = ("matplotlib", "scipy", "markdown")  # for the figures, their intervals and fits, and the page
 FIGURES = "figures"  # the folder beside report.md, of NAME.svg
-_LINK = re.compile(r"\]\(figures/([^/()]+\.svg)\)")
+_DRAWN = "drawn.json"  # in it: the names of a report's own figures
 _IMAGE = re.compile(r'<p><img alt="([^"]*)" src="figures/([^"]+)\.svg" ?/?></p>')
 _PAGE = """\
 <!DOCTYPE html>
@@ -69,22 +69,23 @@ def write_report(folder: Path, title: str, text: str, figures: Mapping[str, str]
     found = json.dumps(results, indent=2, allow_nan=False)
     make_folder(folder)
     try:
-        _clear(folder, figures)
         for name, svg in figures.items():
             write_atomically(folder / FIGURES / f"{name}.svg", svg.encode())
         write_atomically(folder / "report.md", text.encode())
         write_atomically(folder / "report.html", page(title, text, figures).encode())
         write_atomically(folder / "results.json", found.encode() + b"\n")
+        _clear(folder / FIGURES, list(figures))
     except OSError as error:
         raise ConfigError(f"cannot write the report to {folder}: {error.strerror}") from None
 
 
-def _clear(folder: Path, figures: Mapping[str, str]) -> None:
-    """Only what that report names: the folder may be anybody's."""
-    earlier = folder / "report.md"
-    for file in _LINK.findall(earlier.read_text(encoding="utf-8")) if earlier.exists() else ():
-        if file.removesuffix(".svg") not in figures:
-            (folder / FIGURES / file).unlink(missing_ok=True)
+def _clear(folder: Path, drawn: list[str]) -> None:
+    """Take away what an earlier report drew and this one did not; other people's figures stay."""
+    record = folder / _DRAWN
+    for name in json.loads(record.read_text(encoding="utf-8")) if record.exists() else ():
+        if name not in drawn:
+            (folder / f"{name}.svg").unlink(missing_ok=True)
+    write_atomically(record, json.dumps(drawn).encode())
 
 
 def page(title: str, markdown_text: str, figures: Mapping[str, str]) -> str:

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from models.errors import ConfigError, nearest
+from pretrain.arguments import Parser
 from pretrain.cli import load
 from pretrain.planning import Plan, Remedy, cluster_of, find_remedy, largest_micro_batch, make_plan
 from pretrain.planning.cluster import FRAGMENTS, NETWORK, RUNTIME
 from pretrain.telemetry.devices import GPUS
-from tools.command import Parser, run
+from tools.command import run
 
 MFU = 0.4
 MFU_SOURCE = "llm-foundry's published 1.3B to 7B on 8 to 512 H100s reach 0.37 to 0.46 in bf16"

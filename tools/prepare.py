@@ -17,9 +17,10 @@ import os
 import sys
 from pathlib import Path
 
+from pretrain.arguments import Parser
 from pretrain.data.preparation import Settings, prepare
 from tools import corpora
-from tools.command import Parser, run
+from tools.command import run
 
 PUBLIC_DOMAIN = "public-domain"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError
+from pretrain.arguments import Parser
 from pretrain.run import RunFolder
-from tools.command import Parser, run
+from tools.command import run
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from models.errors import ConfigError
-from tools.command import Parser, run
+from pretrain.arguments import Parser
+from tools.command import run
 from tools.page import check_packages
 from tools.studies.array import submit
 from tools.studies.choosing import choose
@@ -87,6 +88,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers is {arguments.workers}: write a positive number")
+    if arguments.dry_run and arguments.slurm is None:
+        raise ConfigError("--dry-run shows what --slurm would submit: write --slurm too, or leave it out")
     study = read_study(arguments.study)
     check_packages("a study's report")
     if arguments.slurm is not None:

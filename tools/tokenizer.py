@@ -13,10 +13,11 @@ import argparse
 from pathlib import Path
 
 from models.errors import ConfigError
+from pretrain.arguments import Parser
 from pretrain.data.preparation import Settings, tokenizer_for
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.files import write_atomically
-from tools.command import Parser, run
+from tools.command import run
 
 
 def main(arguments: list[str] | None = None) -> None:

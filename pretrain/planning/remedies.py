@@ -42,8 +42,10 @@ def largest_micro_batch(plan: Plan, mfu: float) -> int | None:
 
 
 def micro_batches(config: RunConfig, cluster: Cluster) -> list[int]:
-    """All that divide a rank's sequences, from 1 up."""
+    """All that divide a rank's sequences, from 1 up; CUDA graphs take them all at once."""
     share = config.train.batch_tokens // (config.data.sequence_length * cluster.ranks)
+    if config.train.cuda_graphs:
+        return [share] if share else []
     return [size for size in range(1, share + 1) if share % size == 0]
 
 

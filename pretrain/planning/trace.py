@@ -63,10 +63,12 @@ def trace(config: RunConfig, micro_batch: int, *, gathered_bf16: bool, keeps_gra
 
     ``gathered_bf16``: the blocks' matrices arrive in bf16, as FSDP gathers them; else autocast makes copies.
     ``keeps_gradients``: a phase's gradients wait for its end, as FSDP reduces them then; else each goes at once into
-    the accumulator of earlier micro-batches. ``on_gpu``: no tensor for document masks, which FlexAttention has not.
+    the accumulator of earlier micro-batches. ``on_gpu``: no tensor for document masks, which FlexAttention has not, and
+    the fused kernels, unless train.kernels leaves them out.
 
-    The operations are those of a CPU. A GPU's save the same: flash attention on either keeps query, key, value, output
-    and log-sum-exp, and RMSNorm its fp32 input and a scale. Memory inside one kernel is not seen.
+    Other operations are those of a CPU. A GPU's save the same: flash attention on either keeps query, key, value,
+    output and log-sum-exp, and RMSNorm, where it is not fused, its fp32 input and a scale. Memory inside one kernel is
+    not seen.
     """
     asked = (config.model, config.data, config.train, config.precision.compute, config.parallel.engine)
     key = repr((*asked, micro_batch, gathered_bf16, keeps_gradients, on_gpu))

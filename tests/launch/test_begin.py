@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.__main__ import main as launch_main
 from launch.begin import begin, main
 from launch.launches import Launch, committed_step, launches_of, read
 from models.errors import ConfigError
@@ -125,3 +126,13 @@ def test_outside_a_job_it_is_a_mistake(frozen: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(ConfigError):
         main([str(frozen)])
+
+
+@pytest.mark.parametrize("command", ["begin", "decide", "health", "node", "status"])
+def test_what_is_missing_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch_main([command]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(
+        rf"error: the following arguments are required: .*; see python -m launch {command} --help\n", said.err
+    )

@@ -296,6 +296,14 @@ def test_the_largest_micro_batch_is_the_largest(micro_batch: int) -> None:
         assert not make_plan(small(train={"micro_batch": 2 * micro_batch}), cluster, 0.4).fits
 
 
+def test_cuda_graphs_take_all_sequences_at_once() -> None:
+    replayed = small(train={"compile": True, "cuda_graphs": True, "micro_batch": None})
+    enough = with_memory(need(replayed) + 1)
+    assert largest_micro_batch(make_plan(replayed, enough, 0.4), 0.4) == 64
+    less = with_memory(need(replayed) - 1)
+    assert largest_micro_batch(make_plan(replayed, less, 0.4), 0.4) is None
+
+
 @pytest.mark.parametrize(
     ("given", "enough", "changes"),
     [

@@ -18,7 +18,7 @@ from pretrain.config import LogConfig, RunConfig
 from tests.models.building import scrambled
 from tests.tools.small_run import WORLD, prepare_small, small_config, train_small
 from tools.benching import huggingface
-from tools.benching.contenders import VARIANTS, Contender, like, lineup, peer
+from tools.benching.contenders import VARIANTS, Contender, in_variant, like, lineup, peer
 from tools.benching.llamas import LLAMAS, huggingface_settings, llama_sizes
 from tools.benching.loop import Loop, Windows
 from tools.benching.nanogpt import NanoGPT, optimizer
@@ -33,6 +33,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("bench")
     config = small_config(folder, prepare_small(folder))
     return replace(config, model=replace(config.model, vocab_size=300))
+
+
+def test_graphs_are_of_compiled_variants(config: RunConfig) -> None:
+    replayed = replace(config, train=replace(config.train, compile=True, cuda_graphs=True))
+    assert not in_variant(replayed, "fp32").train.cuda_graphs
+    assert in_variant(replayed, "bf16+compile").train.cuda_graphs
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -197,6 +197,13 @@ def test_a_dry_run_leaves_nothing(
     assert [path.name for path in here.iterdir()] == ["study.yaml"]
 
 
+def test_a_dry_run_is_of_arrays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["study", str(write(here, tree())), "--dry-run"])
+    with pytest.raises(ConfigError, match="write --slurm too"):
+        command.main()
+    assert [path.name for path in here.iterdir()] == ["study.yaml"]
+
+
 def test_mistakes(sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(sbatch.parent, tree())
     (sbatch.parent / "bin/sbatch").write_text("#!/bin/sh\necho 'invalid\npartition' >&2\nexit 1\n")

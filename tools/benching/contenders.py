@@ -162,7 +162,7 @@ def in_variant(config: RunConfig, name: str) -> RunConfig:
     return replace(
         config,
         precision=replace(config.precision, compute=precision),
-        train=replace(config.train, compile=compiled),
+        train=replace(config.train, compile=compiled, cuda_graphs=compiled and config.train.cuda_graphs),
     )
 
 

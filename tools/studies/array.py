@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.errors import ConfigError
+from pretrain.arguments import Parser
 from pretrain.files import write_atomically
-from tools.command import Parser, run
+from tools.command import run
 from tools.studies.choosing import choose
 from tools.studies.grid import Cell, Study, named, read_study
 from tools.studies.hopeless import stop_if_hopeless
