@@ -16,7 +16,7 @@ from pretrain.files import write_atomically
 
 _NEEDED = ("matplotlib", "scipy", "markdown")  # for the figures, their intervals and fits, and the page
 FIGURES = "figures"  # the folder beside report.md, of NAME.svg
-_DRAWN = "drawn.json"  # in it: the names of a report's own figures
+_DRAWN = "figures.json"  # beside report.md: the names of its figures
 _IMAGE = re.compile(r'<p><img alt="([^"]*)" src="figures/([^"]+)\.svg" ?/?></p>')
 _PAGE = """\
 <!DOCTYPE html>
@@ -74,7 +74,7 @@ def write_report(folder: Path, title: str, text: str, figures: Mapping[str, str]
         write_atomically(folder / "report.md", text.encode())
         write_atomically(folder / "report.html", page(title, text, figures).encode())
         write_atomically(folder / "results.json", found.encode() + b"\n")
-        _clear(folder / FIGURES, list(figures))
+        _clear(folder, list(figures))
     except OSError as error:
         raise ConfigError(f"cannot write the report to {folder}: {error.strerror}") from None
 
@@ -84,7 +84,7 @@ def _clear(folder: Path, drawn: list[str]) -> None:
     record = folder / _DRAWN
     for name in json.loads(record.read_text(encoding="utf-8")) if record.exists() else ():
         if name not in drawn:
-            (folder / f"{name}.svg").unlink(missing_ok=True)
+            (folder / FIGURES / f"{name}.svg").unlink(missing_ok=True)
     write_atomically(record, json.dumps(drawn).encode())
 
 

@@ -37,7 +37,7 @@ def test_figures_of_an_earlier_report_go_and_others_stay(tmp_path: Path) -> None
     mine = tmp_path / "figures" / "mine.svg"
     mine.write_text("<svg/>")
     write(tmp_path, "second")
-    assert {file.name for file in (tmp_path / "figures").iterdir()} == {"mine.svg", "second.svg", "drawn.json"}
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {"mine.svg", "second.svg"}
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:

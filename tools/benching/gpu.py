@@ -87,9 +87,10 @@ def parts(folder: Path, memory: float, dry: bool) -> list[Part]:
         config(f"1.3b-dnt{name}", "llama-1.3b.yaml", model={"plan": "dnt"}, train=small | {"kernels": kind})
         for name, kind in (("", "auto"), ("-without-kernels", "torch"))
     )
+    vocabulary = {"vocab_size": _VOCABULARY}
     tiny: dict[str, Any] = {"batch_tokens": 4096, "micro_batch": 4, "compile": True}
     replayed, launched = (
-        config(f"124m{name}", "gpt-124m.yaml", train=tiny | {"cuda_graphs": bool(name)}, precision={"compute": "bf16"})
+        config(f"124m{name}", "gpt-124m.yaml", model=vocabulary, train=tiny | {"cuda_graphs": bool(name)})
         for name in ("-cuda-graphs", "")
     )
     seven = config(
