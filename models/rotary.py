@@ -35,16 +35,16 @@ class _RotationOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _turned(wide(x), cosine, sine).to(x.dtype)
+        return turned(wide(x), cosine, sine).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _turned(wide(grad), cosine, -sine).to(grad.dtype), None, None
+        return turned(wide(grad), cosine, -sine).to(grad.dtype), None, None
 
 
-def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x turned by the angles; back, with the negative sines."""
+def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """x, fp32 or fp64, turned by the angles; back, with the negative sines. No graph: ``rotate`` is for training."""
     y = x * torch.cat((cosine, cosine), dim=-1)
     (x1, x2), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
     y1.addcmul_(x2, sine, value=-1)

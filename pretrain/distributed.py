@@ -73,7 +73,6 @@ def _device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but no GPU is visible here; write --device cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
-        keep_heap()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -89,6 +88,8 @@ def joined(device: str, parallel: ParallelConfig | None = None) -> Iterator[Worl
     """
     os.environ |= adopted()
     place = _device(device)
+    if place.type == "cpu":
+        keep_heap()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         try:

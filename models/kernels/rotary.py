@@ -14,14 +14,13 @@ from torch import Tensor
 from models.kernels.launching import adders, kernel, power_of_two, runs_triton, tile, warps
 from models.kernels.rms import rms_norm_backward_twin
 from models.precision import wide
+from models.rotary import turned
 
 _ELEMENTS = 2048  # of a program: 16 heads of 128
 
 
 def _turned(v: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    v1, v2 = v.chunk(2, dim=-1)
-    c, s = cosine.unsqueeze(1), sine.unsqueeze(1)  # the same for all heads
-    return torch.cat((v1 * c - v2 * s, v2 * c + v1 * s), dim=-1)
+    return turned(v, cosine.unsqueeze(1), sine.unsqueeze(1))  # the same for all heads
 
 
 def rotate_twin(x: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor | None, eps: float | None) -> Tensor:
